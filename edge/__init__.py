@@ -1,0 +1,39 @@
+"""Gemma 4 E2B and E4B on the device: load an artifact, generate, stream, chat.
+
+import edge
+
+with edge.Runtime.load("gemma-4-e2b-edge") as runtime:
+    for piece in runtime.stream("The capital of France is", max_tokens=20):
+        print(piece, end="", flush=True)
+"""
+
+from profiles import DeviceProfile, ProfileError, load_profile
+from runtime.engine import Runtime
+from runtime.errors import (
+    ArtifactError,
+    BusyError,
+    ClosedError,
+    EdgeError,
+    InferenceError,
+    MemoryBudgetError,
+    RequestError,
+)
+from runtime.stats import GenerationStats
+from runtime.stream import Generation, GenerationStream
+
+__all__ = [
+    "ArtifactError",
+    "BusyError",
+    "ClosedError",
+    "DeviceProfile",
+    "EdgeError",
+    "Generation",
+    "GenerationStats",
+    "GenerationStream",
+    "InferenceError",
+    "MemoryBudgetError",
+    "ProfileError",
+    "RequestError",
+    "Runtime",
+    "load_profile",
+]

@@ -1,0 +1,228 @@
+"""Translates a Hugging Face `config.json` into the runtime's own configuration.
+
+The one module that knows Hugging Face field names. It reads the JSON itself, because transformers' configuration
+classes change between releases and forbid plain attribute access to sizes that differ between layers.
+Both shapes are read: `global_head_dim` (before transformers 5.15) and `per_layer_config`.
+
+Source: transformers 5.22 `models/gemma4/configuration_gemma4.py`, `models/gemma4_assistant/`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from export.errors import CheckpointError
+from runtime.model_config import AttentionKind, DrafterConfig, LayerConfig, ModelConfig, RopeConfig
+
+KINDS: dict[str, AttentionKind] = {"sliding_attention": "sliding", "full_attention": "full"}
+DEFAULT_ROPE: dict[str, dict[str, Any]] = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+UNSUPPORTED = {  # field -> the only value of E2B and E4B
+    "attention_k_eq_v": False,
+    "attention_bias": False,
+    "enable_moe_block": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+
+
+def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """The target's configuration, from a multimodal (`gemma4`) or text-only (`gemma4_text`) config.json.
+
+    Raises:
+        CheckpointError: names `where` and the field that is missing, of the wrong type or out of range.
+    """
+    text = _Fields(_text_config(config, where, ("gemma4", "gemma4_text")), where)
+    text.refuse_unsupported()
+    if text.optional("use_bidirectional_attention", None) not in (None, "vision"):
+        raise CheckpointError(f"{where}: use_bidirectional_attention is set: only causal text models can be exported")
+    ple_size = text.integer("hidden_size_per_layer_input", 256, least=0)
+    if ple_size == 0:
+        raise CheckpointError(f"{where}: hidden_size_per_layer_input is 0: not a Gemma 4 E-series model")
+    vocab_size = text.integer("vocab_size", 262_144)
+    if (ple_vocab := text.integer("vocab_size_per_layer_input", 262_144)) != vocab_size:
+        raise CheckpointError(f"{where}: vocab_size_per_layer_input is {ple_vocab}, vocab_size {vocab_size}")
+    layers = text.layers(num_shared=text.integer("num_kv_shared_layers", 0, least=0))
+    return ModelConfig(
+        **text.stack(vocab_size),
+        layers=layers,
+        ple_size=ple_size,
+        context_tokens=text.integer("max_position_embeddings", 131_072),
+        logit_softcap=text.optional("final_logit_softcapping", None),
+        bos_token_id=text.integer("bos_token_id", 2, least=0),
+        eos_token_ids=text.token_ids("eos_token_id", (1,)),
+    )
+
+
+def drafter_config(config: Mapping[str, Any], target: ModelConfig, where: str) -> DrafterConfig:
+    """The MTP assistant's configuration, checked against the target whose KV it reads.
+
+    Raises:
+        CheckpointError: also where the drafter was made for another target.
+    """
+    text = _Fields(_text_config(config, where, ("gemma4_assistant",)), where)
+    text.refuse_unsupported()
+    outer = _Fields(config, where)
+    backbone = outer.integer("backbone_hidden_size", 1536)
+    if backbone != target.hidden_size:
+        raise CheckpointError(
+            f"{where}: the drafter was made for a target of hidden size {backbone}, this one has "
+            f"{target.hidden_size}; pass the assistant that belongs to this model"
+        )
+    vocab_size = text.integer("vocab_size", 262_144)
+    if vocab_size != target.vocab_size:
+        raise CheckpointError(f"{where}: the drafter's vocabulary is {vocab_size}, the target's {target.vocab_size}")
+    layers = tuple(_reading_target(layer, target, where) for layer in text.layers(num_shared=0))
+    ordered = outer.optional("use_ordered_embeddings", False)
+    num_centroids = outer.integer("num_centroids", 2048) if ordered else 0
+    if num_centroids and vocab_size % num_centroids:
+        raise CheckpointError(f"{where}: vocab_size {vocab_size} is not a multiple of num_centroids {num_centroids}")
+    num_active = outer.integer("centroid_intermediate_top_k", 32) if ordered else 0
+    if num_active > num_centroids:
+        raise CheckpointError(f"{where}: centroid_intermediate_top_k {num_active} exceeds {num_centroids} centroids")
+    return DrafterConfig(
+        **text.stack(vocab_size),
+        layers=layers,
+        backbone_hidden_size=backbone,
+        num_centroids=num_centroids,
+        num_active_centroids=num_active,
+    )
+
+
+def _text_config(config: Mapping[str, Any], where: str, expected: Sequence[str]) -> Mapping[str, Any]:
+    kind = config.get("model_type")
+    if kind not in expected:
+        raise CheckpointError(f"{where}: model_type is {kind!r}, expected {' or '.join(expected)}")
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{where}: text_config is not an object")
+    return text
+
+
+def _reading_target(layer: LayerConfig, target: ModelConfig, where: str) -> LayerConfig:
+    """A drafter layer that reads the target's last KV of its kind; sizes must agree."""
+    try:
+        source = target.last_owner(layer.kind)
+    except ValueError:
+        raise CheckpointError(f"{where}: the target has no {layer.kind} layer for the drafter to read") from None
+    owner = target.layers[source]
+    mine, theirs = (layer.head_dim, layer.num_kv_heads), (owner.head_dim, owner.num_kv_heads)
+    if mine != theirs:
+        raise CheckpointError(
+            f"{where}: drafter {layer.kind} layers have (head_dim, KV heads) {mine}, the target's {theirs}; "
+            "pass the assistant that belongs to this model"
+        )
+    return LayerConfig(layer.kind, layer.head_dim, layer.num_kv_heads, layer.intermediate_size, source)
+
+
+class _Fields:
+    """Typed access to a parsed config.json, with errors that name the file and the field."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def optional(self, name: str, default: Any) -> Any:
+        return self.values.get(name, default)
+
+    def integer(self, name: str, default: int, *, least: int = 1) -> int:
+        value = self.values.get(name, default)
+        if type(value) is not int or not least <= value < 1 << 31:
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected an integer >= {least}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.values.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected a number above 0")
+        return float(value)
+
+    def token_ids(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        value = self.values.get(name, default)
+        ids = [value] if type(value) is int else value
+        if not isinstance(ids, list | tuple) or not ids or any(type(token) is not int for token in ids):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected a token id or a list of them")
+        return tuple(ids)
+
+    def refuse_unsupported(self) -> None:
+        for name, only in UNSUPPORTED.items():
+            if (value := self.optional(name, only)) != only:
+                raise CheckpointError(f"{self.where}: {name} is {value!r}; Gemma 4 E-series models have {only!r}")
+
+    def stack(self, vocab_size: int) -> dict[str, Any]:
+        """The fields target and drafter share."""
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": self.integer("hidden_size", 2304),
+            "num_heads": self.integer("num_attention_heads", 8),
+            "sliding_window": self.integer("sliding_window", 512),
+            "rms_norm_eps": self.number("rms_norm_eps", 1e-6),
+            "rope": self.rope(),
+        }
+
+    def rope(self) -> dict[str, RopeConfig]:
+        parameters = self.optional("rope_parameters", None) or DEFAULT_ROPE
+        return {KINDS[kind]: self._rope(kind, parameters.get(kind, default)) for kind, default in DEFAULT_ROPE.items()}
+
+    def _rope(self, kind: str, rope: Mapping[str, Any]) -> RopeConfig:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ("default", "proportional") or rope.get("factor", 1.0) != 1.0:
+            raise CheckpointError(f"{self.where}: rope_parameters.{kind} of type {rope_type!r} cannot be exported")
+        fields = _Fields(rope, f"{self.where}: rope_parameters.{kind}")
+        rotated = fields.number("partial_rotary_factor", 1.0) if rope_type == "proportional" else 1.0
+        if rotated > 1:
+            raise CheckpointError(f"{fields.where}: partial_rotary_factor is {rotated}, expected at most 1")
+        return RopeConfig(theta=fields.number("rope_theta", DEFAULT_ROPE[kind]["rope_theta"]), rotated_fraction=rotated)
+
+    def layers(self, num_shared: int) -> tuple[LayerConfig, ...]:
+        """Every layer's shape; the last `num_shared` read the KV of the last owner of their kind."""
+        kinds = self.layer_kinds()
+        first_shared = len(kinds) - num_shared
+        if first_shared < 1:
+            raise CheckpointError(
+                f"{self.where}: num_kv_shared_layers {num_shared} leaves none of {len(kinds)} with KV"
+            )
+        width = self.integer("intermediate_size", 9216)
+        double = 2 if self.optional("use_double_wide_mlp", False) else 1
+        owners: dict[AttentionKind, int] = {}
+        layers = []
+        for index, kind in enumerate(kinds):
+            if index < first_shared:
+                owners[kind] = index
+            if kind not in owners:
+                raise CheckpointError(f"{self.where}: layer {index} shares {kind} KV, but no earlier layer owns any")
+            head_dim, num_kv_heads = self.attention_sizes(index, kind)
+            layer_width = width * (double if index >= first_shared else 1)
+            layers.append(LayerConfig(kind, head_dim, num_kv_heads, layer_width, owners[kind]))
+        return tuple(layers)
+
+    def layer_kinds(self) -> list[AttentionKind]:
+        num_layers = self.integer("num_hidden_layers", 30)
+        default = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(num_layers)]
+        names = self.optional("layer_types", None) or default
+        if not isinstance(names, list) or len(names) != num_layers:
+            found = len(names) if isinstance(names, list) else names
+            raise CheckpointError(f"{self.where}: layer_types has {found} entries, num_hidden_layers is {num_layers}")
+        if unknown := [name for name in names if name not in KINDS]:
+            raise CheckpointError(f"{self.where}: layer_types has {unknown[0]!r}, expected one of {', '.join(KINDS)}")
+        return [*(KINDS[name] for name in names[:-1]), "full"]  # transformers forces the last layer to full attention
+
+    def attention_sizes(self, index: int, kind: AttentionKind) -> tuple[int, int]:
+        """(head_dim, number of KV heads) of one layer, from either configuration shape."""
+        head_dim = self.integer("head_dim", 256)
+        num_kv_heads = self.integer("num_key_value_heads", 4)
+        per_layer = self.optional("per_layer_config", None)
+        if isinstance(per_layer, dict):
+            layer = _Fields(per_layer.get(str(index)) or {}, f"{self.where}: per_layer_config.{index}")
+            head_dim = layer.integer("head_dim", head_dim)
+            num_kv_heads = layer.integer("num_key_value_heads", num_kv_heads)
+        elif kind == "full":
+            head_dim = self.integer("global_head_dim", 512)
+        num_heads = self.integer("num_attention_heads", 8)
+        if head_dim % 2 or num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"{self.where}: layer {index} has head_dim {head_dim} and {num_heads} heads over {num_kv_heads} KV "
+                "heads; the first must be even, the heads a multiple of the KV heads"
+            )
+        return head_dim, num_kv_heads

@@ -1,0 +1,14 @@
+"""Device profiles: what a machine grants the runtime."""
+
+from profiles.device import DeviceProfile, ProfileError, available_profiles, budget_bytes, load_profile, parse_bytes
+from profiles.limits import cgroup_limit_bytes
+
+__all__ = [
+    "DeviceProfile",
+    "ProfileError",
+    "available_profiles",
+    "budget_bytes",
+    "cgroup_limit_bytes",
+    "load_profile",
+    "parse_bytes",
+]

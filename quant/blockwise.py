@@ -1,0 +1,79 @@
+"""Symmetric block-wise quantization to 4 or 8 bits, in the byte layout of ONNX Runtime's `MatMulNBits`.
+
+A block of `block_size` weights along a row shares one scale. Codes are unsigned around 2^(bits-1); two 4-bit codes share
+a byte, the earlier one in the low nibble. Rows are padded with zero weights to whole blocks. The scale maps the weight
+of largest magnitude to the lowest code exactly, as llama.cpp's Q4_0 does, so a checkpoint trained for that grid keeps it.
+
+Source: onnxruntime ContribOperators `MatMulNBits`; ggml `quantize_row_q4_0_ref`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """How rows of `width` weights are packed: `bits` is 4 or 8, `block_size` weights share a scale."""
+
+    width: int
+    bits: int
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in a row, the last one padded."""
+        return -(-self.width // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's codes."""
+        return self.block_size * self.bits // 8
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's codes."""
+        return self.num_blocks * self.block_bytes
+
+
+def quantize_rows(
+    weights: Float32, form: BlockFormat, scale_type: npt.DTypeLike = np.float32
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
+    """Rounds each weight to the nearest code of its block.
+
+    The scale is rounded to `scale_type` first, so |w - dequantized| <= |scale| / 2, and <= |scale| for a weight at the
+    clipped end (the largest magnitude, with the other sign).
+
+    Args:
+        weights: [num_rows, width]
+
+    Returns:
+        codes [num_rows, row_bytes] and scales [num_rows, num_blocks]
+    """
+    num_rows, width = weights.shape
+    blocks = np.zeros((num_rows, form.num_blocks * form.block_size), np.float32)
+    blocks[:, :width] = weights
+    blocks = blocks.reshape(num_rows, form.num_blocks, form.block_size)
+    scales = _scales(blocks, form.bits, scale_type)
+    middle = 1 << (form.bits - 1)
+    blocks /= scales.astype(np.float32)[..., None]
+    np.rint(blocks, out=blocks)
+    blocks += middle
+    np.clip(blocks, 0, 2 * middle - 1, out=blocks)
+    return _pack(blocks.astype(np.uint8).reshape(num_rows, -1), form.bits), scales
+
+
+def _scales(blocks: Float32, bits: int, scale_type: npt.DTypeLike) -> npt.NDArray[np.floating]:
+    """One scale a block; 1 where a block is all zeros or too small for the scale's type."""
+    lowest, highest = blocks.min(-1), blocks.max(-1)
+    extreme = np.where(-lowest >= highest, lowest, highest)
+    scales = (extreme / -(1 << (bits - 1))).astype(scale_type)
+    scales[scales == 0] = 1
+    return scales
+
+
+def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)

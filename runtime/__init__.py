@@ -1,0 +1,1 @@
+"""Loads an artifact and generates from it: draft, verify, trim, within a memory budget. Never imports torch or onnx."""

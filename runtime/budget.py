@@ -1,0 +1,51 @@
+"""How long a context the memory budget leaves room for."""
+
+
+from profiles import DeviceProfile
+from runtime.errors import MemoryBudgetError
+from runtime.kv_cache import GROWTH_TOKENS, full_bytes_per_token, sliding_bytes
+from runtime.manifest import Manifest
+from runtime.model_config import ModelConfig
+
+# onnxruntime packs quantized weights into heap memory of up to this many times the file (measured, 4 bits, block 32)
+PREPACK_FACTOR = 1.2
+SESSION_BYTES = 96 << 20  # interpreter, libraries and graphs: anonymous memory of an idle runtime, rounded up
+
+
+def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: int) -> int:
+    """Tokens of context within the budget, the profile's cap and the model's own limit.
+
+    The estimate counts packed weights, one prefill chunk's activations and KV rows as anonymous memory.
+
+    Raises:
+        MemoryBudgetError: not even one growth step of the cache fits.
+    """
+    model, chunk = manifest.model, profile.prefill_chunk_tokens
+    wanted = min(profile.context_tokens, model.context_tokens)
+    fixed = _weight_bytes(manifest) + SESSION_BYTES + activation_bytes(model, chunk) + sliding_bytes(model, chunk)
+    # a chunk's attention scores and mask grow with the context too
+    per_token = full_bytes_per_token(model) + 4 * chunk * (model.num_heads + 1)
+    least = min(wanted, GROWTH_TOKENS)
+    needed = fixed + least * per_token
+    if needed > budget_bytes:
+        raise MemoryBudgetError(
+            f"{profile.name}: the model needs {_mib(needed)} for {least:,} tokens of context, the budget is "
+            f"{_mib(budget_bytes)}; raise memory_budget or export with fewer bits"
+        )
+    return int(min(wanted, (budget_bytes - fixed) // per_token))
+
+
+def activation_bytes(model: ModelConfig, num_tokens: int) -> int:
+    """An upper estimate of one forward's activations, without attention scores."""
+    widest = max(layer.intermediate_size for layer in model.layers)
+    ple = len(model.layers) * model.ple_size
+    return 4 * (num_tokens * (4 * widest + 3 * ple + 8 * model.hidden_size) + 2 * model.vocab_size)
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    names = ("decoder.onnx.data", "drafter.onnx.data", manifest.token_table.file)
+    return int(PREPACK_FACTOR * sum(manifest.files[name].size_bytes for name in names if name in manifest.files))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.0f} MiB"

@@ -1,0 +1,106 @@
+"""The MTP drafter: drafts tokens from the target's last hidden state and KV cache; has no KV of its own.
+
+Source: transformers 5.22 `SinglePositionMultiTokenCandidateGenerator`; unlike it, only valid KV rows are read.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from runtime.model_config import DrafterConfig
+from runtime.sampling import Distribution, SamplingParams, distribution
+from runtime.session import Binding, float_buffer
+from runtime.signature import kv_view_names
+from runtime.target import TargetModel
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Draft(NamedTuple):
+    """A drafted token and what it was drawn from; None where it was the best candidate."""
+
+    token_id: int
+    distribution: Distribution | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The drafter's scores for the next token: of `token_ids`, or of the whole vocabulary where that is None."""
+
+    logits: Float32
+    token_ids: npt.NDArray[np.int64] | None
+
+    def draw(self, params: SamplingParams, rng: np.random.Generator) -> Draft:
+        """The best candidate when greedy, else one drawn with the target's own parameters."""
+        if params.is_greedy:
+            best = int(self.logits.argmax())
+            return Draft(best if self.token_ids is None else int(self.token_ids[best]), None)
+        drawn_from = distribution(self.logits, params, self.token_ids)
+        return Draft(drawn_from.sample(rng), drawn_from)
+
+
+class DrafterModel:
+    """A session over drafter.onnx that reads the target's tables and KV rows by reference."""
+
+    def __init__(self, session: ort.InferenceSession, drafter: DrafterConfig, target: TargetModel) -> None:
+        self._session = session
+        self._drafter = drafter
+        self._target = target
+        backbone, names = drafter.backbone_hidden_size, {output.name for output in session.get_outputs()}
+        self._input = float_buffer(1, 2 * backbone)
+        self._state = float_buffer(1, backbone)
+        self._read_names = {name for layer in drafter.layers for name in kv_view_names(layer.kv_source, layer)}
+        num_candidates = drafter.vocab_size
+        self._ids: npt.NDArray[np.int64] | None = None
+        if "candidate_ids" in names:
+            num_candidates = drafter.num_active_centroids * (drafter.vocab_size // drafter.num_centroids)
+            self._ids = np.empty(num_candidates, np.int64)
+        self._logits = float_buffer(num_candidates)
+
+    def draft(
+        self,
+        last_token_id: int,
+        hidden: Float32,
+        num_draft_tokens: int,
+        params: SamplingParams,
+        rng: np.random.Generator,
+    ) -> list[Draft]:
+        """Drafts up to `num_draft_tokens` tokens behind `last_token_id`, whose own KV row does not exist yet.
+
+        Stops early where the scores are NaN or infinite.
+
+        Args:
+            hidden: [hidden_size], the target's hidden state that predicted `last_token_id`
+        """
+        binding = self._bind()
+        drafts: list[Draft] = []
+        self._state[0] = hidden
+        token_id = last_token_id
+        for _ in range(num_draft_tokens):
+            self._input[0, : hidden.size] = self._target.token_table.rows([token_id])[0]
+            self._input[0, hidden.size :] = self._state[0]
+            binding.run(self._target.run_options)
+            if not np.isfinite(self._logits.max()):
+                break
+            drafts.append(Candidates(self._logits, self._ids).draw(params, rng))
+            token_id = drafts[-1].token_id
+        return drafts
+
+    def _bind(self) -> Binding:
+        """One binding serves a whole burst: position and KV rows stay, inputs and outputs are the same memory."""
+        cache = self._target.cache
+        binding = Binding(self._session)
+        binding.input("inputs_embeds", self._input)
+        binding.input("position_ids", np.array([cache.num_tokens], np.int64))
+        for kind, name, array in cache.arrays():
+            if name in self._read_names:
+                span = cache.draft_span(kind)
+                binding.input(name, array[span.start : span.stop])
+        binding.output("projected_state", self._state)
+        binding.output("candidate_logits", self._logits)
+        if self._ids is not None:
+            binding.output("candidate_ids", self._ids)
+        return binding

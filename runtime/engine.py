@@ -1,0 +1,300 @@
+"""The runtime: loads an artifact, generates text from prompts and chats, one generation at a time."""
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime as ort
+
+from profiles import DeviceProfile, budget_bytes, load_profile
+from runtime.budget import context_that_fits
+from runtime.chat import ChatTemplate
+from runtime.drafter import DrafterModel
+from runtime.errors import BusyError, ClosedError, RequestError
+from runtime.generation import Request
+from runtime.kv_cache import KVCache
+from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
+from runtime.sampling import SamplingParams
+from runtime.session import open_session
+from runtime.stream import Generation, GenerationRun, GenerationStream
+from runtime.tables import RowTable
+from runtime.target import TargetModel
+from runtime.tokenizer import Tokenizer
+from runtime.verified_cache import user_cache_folder
+
+MAX_DRAFT_TOKENS = 16
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """What an open runtime holds."""
+
+    target: TargetModel
+    drafter: DrafterModel | None
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    def close(self) -> None:
+        self.target.token_table.close()
+        self.target.ple_table.close()
+
+
+class Runtime:
+    """A loaded artifact. Use `Runtime.load`; close it, or use it as a context manager."""
+
+    def __init__(self, manifest: Manifest, profile: DeviceProfile, context_tokens: int, loaded: _Loaded) -> None:
+        """Made by `load`."""
+        self.manifest = manifest
+        self.profile = profile
+        self.context_tokens = context_tokens
+        self._loaded: _Loaded | None = loaded
+        self._process = os.getpid()
+        self._claim_lock = threading.Lock()
+        self._step_lock = threading.Lock()
+        self._current: GenerationRun | None = None
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, profile: str | Path | DeviceProfile = "laptop", memory_budget: int | str | None = None
+    ) -> Self:
+        """Opens an artifact within the memory that the profile grants.
+
+        Every file is checked against the manifest; digests are computed when a file is first seen or has changed.
+
+        Args:
+            path: an artifact folder, as `edge-export` makes it
+            profile: a built-in profile's name, a TOML file or a profile
+            memory_budget: anonymous memory to stay within, in bytes or as "2 GiB", instead of the profile's
+
+        Raises:
+            ArtifactError: a file is damaged, missing or of another version.
+            MemoryBudgetError: the budget leaves no room for a context.
+            ProfileError: the profile is unknown or not usable.
+        """
+        folder = Path(path)
+        device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
+        verify_digests(folder, manifest, cache=user_cache_folder())
+        return cls(manifest, device, context_tokens, _open(folder, manifest, device, context_tokens))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        num_draft_tokens: int | None = None,
+    ) -> Generation:
+        """Generates until an end-of-sequence token, a stop string, `max_tokens` or the end of the context.
+
+        Defaults come from the checkpoint's generation configuration; temperature 0 is greedy. Drafting changes the
+        speed, never the distribution: `num_draft_tokens` 0 turns it off.
+
+        Args:
+            prompt: text, before which BOS is put, or token ids, taken as they are
+
+        Raises:
+            RequestError: the prompt or an option cannot be served.
+            BusyError: another generation is in progress.
+            ClosedError: the runtime is closed or belongs to another process.
+            InferenceError: the model produced NaN or infinite numbers.
+        """
+        stream = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            num_draft_tokens=num_draft_tokens,
+        )
+        return stream.finish()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        num_draft_tokens: int | None = None,
+    ) -> GenerationStream:
+        """As `generate`, but yields pieces of text as they become certain; its `generation` holds the result.
+
+        The stream is the runtime's one generation from its first piece until it ends, is closed or is dropped.
+        """
+        loaded = self._open_or_raise()
+        prompt_ids = self._prompt_ids(loaded, prompt)
+        params = self._sampling_params(temperature, top_p, top_k)
+        request = Request(
+            prompt_ids=prompt_ids,
+            max_tokens=self._token_limit(len(prompt_ids), max_tokens),
+            params=params,
+            num_draft_tokens=self._num_draft_tokens(num_draft_tokens),
+            prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
+        )
+        if seed is not None and (type(seed) is not int or seed < 0):
+            raise RequestError(f"seed is {seed!r}, expected an integer >= 0")
+        eos_ids = frozenset(self.manifest.generation["eos_token_ids"])
+        run = GenerationRun(self, request, np.random.default_rng(seed), loaded.tokenizer, eos_ids, stop)
+        return GenerationStream(run)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+        """Renders messages ({"role", "content"}) with the checkpoint's chat template and generates the answer.
+
+        Takes the options of `generate`.
+        """
+        return self.generate(self.chat_prompt(messages), **options)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to where the model's turn begins."""
+        loaded = self._open_or_raise()
+        if loaded.template is None:
+            raise RequestError("the artifact has no chat template; use generate() with a prompt of your own")
+        plain = [{**message, "content": loaded.tokenizer.literal(message["content"])} for message in messages]
+        return loaded.tokenizer.encode(loaded.template.render(plain), add_bos=True)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens that `text` takes as a prompt, BOS included."""
+        return len(self._open_or_raise().tokenizer.encode(text, add_bos=True))
+
+    def cancel(self) -> None:
+        """Ends the generation in progress, from any thread; it returns what it has with finish reason "cancelled"."""
+        if self._current is not None:
+            self._current.cancel()
+
+    def close(self) -> None:
+        """Ends a generation in progress and frees everything; a second call does nothing."""
+        self.cancel()
+        with self._step_lock:
+            loaded, self._loaded = self._loaded, None
+            if loaded is not None:
+                loaded.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # for streams
+
+    def claim(self, run: GenerationRun) -> tuple[TargetModel, DrafterModel | None]:
+        """Makes a generation the one in progress, on an empty cache; BusyError while another one is."""
+        with self._claim_lock:
+            if self._current is not None and self._current.generation is None:
+                raise BusyError("another generation is in progress; wait for it, or close its stream or cancel() it")
+            loaded = self._open_or_raise()
+            self._current = run
+        loaded.target.cache.clear()
+        loaded.target.run_options = ort.RunOptions()
+        return loaded.target, loaded.drafter
+
+    @property
+    def step_lock(self) -> threading.Lock:
+        """Held while a step runs, so that closing waits for it."""
+        return self._step_lock
+
+    # checks
+
+    def _open_or_raise(self) -> _Loaded:
+        if os.getpid() != self._process:
+            raise ClosedError(
+                f"the runtime was loaded in process {self._process} and cannot be used after a fork in {os.getpid()}; "
+                "load it in the child, or start children with the spawn method"
+            )
+        if self._loaded is None:
+            raise ClosedError("the runtime is closed; load the artifact again")
+        return self._loaded
+
+    def _prompt_ids(self, loaded: _Loaded, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = loaded.tokenizer.encode(prompt, add_bos=True) if prompt else []
+        else:
+            ids = [_token_id(value, place, self.manifest.model.vocab_size) for place, value in enumerate(prompt)]
+        if not ids:
+            raise RequestError("the prompt is empty; pass at least one token")
+        if len(ids) >= self.context_tokens:
+            raise RequestError(
+                f"the prompt has {len(ids):,} tokens, the context holds {self.context_tokens:,} and needs room for one "
+                "more; shorten the prompt or load with a larger context or memory budget"
+            )
+        return ids
+
+    def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        room = self.context_tokens - num_prompt_tokens
+        if max_tokens is None:
+            return room
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens!r}, expected an integer >= 1")
+        return min(max_tokens, room)
+
+    def _sampling_params(self, temperature: float | None, top_p: float | None, top_k: int | None) -> SamplingParams:
+        defaults = self.manifest.generation
+        params = SamplingParams(
+            defaults["temperature"] if temperature is None else temperature,
+            defaults["top_k"] if top_k is None else top_k,
+            defaults["top_p"] if top_p is None else top_p,
+        )
+        params.check()
+        return params
+
+    def _num_draft_tokens(self, num_draft_tokens: int | None) -> int:
+        if num_draft_tokens is None:
+            return self.profile.num_draft_tokens
+        if type(num_draft_tokens) is not int or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise RequestError(f"num_draft_tokens is {num_draft_tokens!r}, expected an integer 0-{MAX_DRAFT_TOKENS}")
+        return num_draft_tokens
+
+
+def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> _Loaded:
+    model = manifest.model
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", bos_token_id=model.bos_token_id)
+    template = _chat_template(folder, manifest)
+    max_new = max(profile.prefill_chunk_tokens, MAX_DRAFT_TOKENS + 1)
+    target = TargetModel(
+        open_session(folder / "decoder.onnx", profile),
+        model,
+        KVCache(model, max_tokens=context_tokens, max_new_tokens=max_new),
+        RowTable(folder, manifest.token_table),
+        RowTable(folder, manifest.ple_table),
+    )
+    drafter = None
+    if manifest.drafter is not None:
+        drafter = DrafterModel(open_session(folder / "drafter.onnx", profile), manifest.drafter, target)
+    return _Loaded(target, drafter, tokenizer, template)
+
+
+def _chat_template(folder: Path, manifest: Manifest) -> ChatTemplate | None:
+    if "chat_template.jinja" not in manifest.files:
+        return None
+    tokens = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
+    by_id = {token["id"]: token["content"] for token in tokens}
+    bos = by_id.get(manifest.model.bos_token_id, "")
+    eos = by_id.get(manifest.generation["eos_token_ids"][0], "")
+    source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return ChatTemplate(source, {"bos_token": bos, "eos_token": eos})
+
+
+def _token_id(value: Any, place: int, vocab_size: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < vocab_size:
+        raise RequestError(f"prompt token {place} is {value!r}, expected an integer 0-{vocab_size - 1:,}")
+    return int(value)

@@ -1,0 +1,39 @@
+"""Errors a user can cause or meet, each with one line that says what, where, and the way out.
+
+ValueError
+└── EdgeError
+    ├── ArtifactError        a file of an artifact is damaged, missing, foreign or of another version
+    ├── RequestError         a prompt or an option that cannot be served
+    ├── MemoryBudgetError    the budget is below what is needed
+    ├── BusyError            the runtime is generating for another thread
+    ├── ClosedError          the runtime was closed, or belongs to another process
+    └── InferenceError       the model produced no usable numbers
+"""
+
+
+class EdgeError(ValueError):
+    """Base of every error that is a user's to see."""
+
+
+class ArtifactError(EdgeError):
+    """A file of an artifact is damaged, missing, foreign or of another format version."""
+
+
+class RequestError(EdgeError):
+    """A prompt or an option that cannot be served."""
+
+
+class MemoryBudgetError(EdgeError):
+    """The memory budget is below what the model needs."""
+
+
+class BusyError(EdgeError):
+    """The runtime is generating for another thread."""
+
+
+class ClosedError(EdgeError):
+    """The runtime was closed, or was created in another process."""
+
+
+class InferenceError(EdgeError):
+    """The model produced NaN or infinite numbers, or a session failed."""

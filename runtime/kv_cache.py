@@ -1,0 +1,158 @@
+"""Keys and values of the layers that own them, in plain memory that sessions write and read in place.
+
+Each KV head of a layer has one array [capacity, head_dim] for keys and one for values. Full layers' arrays grow in
+steps; sliding layers' hold a window and are compacted when they run full. Knows nothing of sessions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import RequestError
+from runtime.model_config import AttentionKind, ModelConfig
+from runtime.signature import kv_view_names
+
+GROWTH_TOKENS = 512
+FLOAT_BYTES = 4
+
+
+class Span(NamedTuple):
+    """Rows [start, stop) of the arrays of one kind, and the position of row `start`."""
+
+    start: int
+    stop: int
+    position: int
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Arrays of one attention kind; row 0 holds the token at `first_position`."""
+
+    arrays: dict[str, npt.NDArray[np.float32]]
+    capacity: int
+    first_position: int = 0
+
+
+class KVCache:
+    """KV rows of the tokens at positions [0, num_tokens).
+
+    Laws: append then trim equals never appended; `nbytes` is the sum of the arrays.
+    """
+
+    def __init__(self, model: ModelConfig, *, max_tokens: int, max_new_tokens: int) -> None:
+        """An empty cache.
+
+        Args:
+            max_tokens: positions it may ever hold
+            max_new_tokens: the most tokens one forward appends
+        """
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        # the drafter sees one row more than the window
+        self._kept_tokens = model.sliding_window + 1
+        self._kinds: dict[AttentionKind, _Kind] = {
+            "full": _Kind(_arrays(model, "full", 0), 0),
+            "sliding": _Kind({}, self._kept_tokens + max_new_tokens),
+        }
+        self._kinds["sliding"].arrays = _arrays(model, "sliding", self._kinds["sliding"].capacity)
+        self._window = model.sliding_window
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for kind in self._kinds.values() for array in kind.arrays.values())
+
+    def arrays(self) -> Iterator[tuple[AttentionKind, str, npt.NDArray[np.float32]]]:
+        """(kind, graph input name, array) of each KV head's keys and values."""
+        for name, kind in self._kinds.items():
+            for view_name, array in kind.arrays.items():
+                yield name, view_name, array
+
+    def make_room(self, num_new: int) -> None:
+        """Prepares rows for `num_new` tokens; RequestError where the context would be exceeded."""
+        needed = self.num_tokens + num_new
+        if needed > self.max_tokens:
+            raise RequestError(
+                f"context: {needed:,} tokens are needed, {self.max_tokens:,} fit; shorten the prompt or raise the budget"
+            )
+        self._grow_full(needed)
+        sliding = self._kinds["sliding"]
+        if needed - sliding.first_position > sliding.capacity:
+            self._compact(sliding)
+
+    def append(self, num_new: int) -> None:
+        """Declares the rows behind the last token as valid."""
+        self.num_tokens += num_new
+
+    def trim(self, num_tokens: int) -> None:
+        """Forgets the last `num_tokens` tokens; at most those of the last append."""
+        assert 0 <= num_tokens <= self.num_tokens - self._kinds["sliding"].first_position
+        self.num_tokens -= num_tokens
+
+    def clear(self) -> None:
+        """Forgets every token and keeps the memory."""
+        self.num_tokens = 0
+        for kind in self._kinds.values():
+            kind.first_position = 0
+
+    def append_span(self, kind: AttentionKind, num_new: int) -> Span:
+        """Rows that a forward of `num_new` tokens may see, its own included."""
+        return self._span(kind, self.num_tokens + num_new, self.num_tokens - self._window + 1)
+
+    def draft_span(self, kind: AttentionKind) -> Span:
+        """Rows that the drafter sees: all of a full layer, window + 1 of a sliding one."""
+        return self._span(kind, self.num_tokens, self.num_tokens - self._kept_tokens)
+
+    def new_row(self, kind: AttentionKind) -> int:
+        """Row of the next token."""
+        return self.num_tokens - self._kinds[kind].first_position
+
+    def _span(self, kind: AttentionKind, stop: int, earliest: int) -> Span:
+        first = self._kinds[kind].first_position
+        position = 0 if kind == "full" else max(earliest, first)
+        return Span(position - first, stop - first, position)
+
+    def _grow_full(self, needed: int) -> None:
+        full = self._kinds["full"]
+        if needed <= full.capacity:
+            return
+        full.capacity = min(self.max_tokens, -(-needed // GROWTH_TOKENS) * GROWTH_TOKENS)
+        for name, old in full.arrays.items():
+            grown = np.empty((full.capacity, old.shape[1]), np.float32)
+            grown[: self.num_tokens] = old[: self.num_tokens]
+            full.arrays[name] = grown
+
+    def _compact(self, kind: _Kind) -> None:
+        """Moves the rows that may still be seen to the front."""
+        first = max(0, self.num_tokens - self._kept_tokens)
+        shift, num_rows = first - kind.first_position, self.num_tokens - first
+        for array in kind.arrays.values():
+            array[:num_rows] = array[shift : shift + num_rows]
+        kind.first_position = first
+
+
+def _arrays(model: ModelConfig, kind: AttentionKind, capacity: int) -> dict[str, npt.NDArray[np.float32]]:
+    return {
+        name: np.empty((capacity, model.layers[layer].head_dim), np.float32)
+        for layer in model.owned_layers
+        if model.layers[layer].kind == kind
+        for name in kv_view_names(layer, model.layers[layer])
+    }
+
+
+def full_bytes_per_token(model: ModelConfig) -> int:
+    """Bytes that each token adds to the full layers' arrays."""
+    return _row_bytes(model, "full")
+
+
+def sliding_bytes(model: ModelConfig, max_new_tokens: int) -> int:
+    """Bytes of the sliding layers' arrays, whatever the context."""
+    return _row_bytes(model, "sliding") * (model.sliding_window + 1 + max_new_tokens)
+
+
+def _row_bytes(model: ModelConfig, kind: AttentionKind) -> int:
+    owners = (model.layers[layer] for layer in model.owned_layers)
+    return sum(2 * FLOAT_BYTES * layer.num_kv_heads * layer.head_dim for layer in owners if layer.kind == kind)

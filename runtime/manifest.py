@@ -1,0 +1,364 @@
+"""The artifact format: a folder of plain files under a manifest that lists each with its size and SHA-256.
+
+The runtime reads it and `export` imports it to write; knows nothing of how a file's content was made.
+
+- A name is plain (`[A-Za-z0-9._-]`), so none leads out of the folder. The folder may be reached through a symbolic
+  link, its files may not be links. Hard links are allowed: a digest holds the content, whatever other name it has.
+- `manifest_sha256` is the digest of the rest of the manifest, so a flipped bit in a number does not go unseen.
+- Files that the manifest does not list are never read.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from runtime.errors import ArtifactError
+from runtime.model_config import DrafterConfig, ModelConfig, StackConfig
+from runtime.strict_json import MANIFEST, WAY_OUT, bad_field, integer, object_of, parse, sha256_digest, string
+from runtime.verified_cache import recall, record_path, remember
+
+__all__ = [
+    "DRAFTER_FILES",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "REQUIRED_FILES",
+    "FileEntry",
+    "Manifest",
+    "TableSpec",
+    "check_files",
+    "file_entry",
+    "read_manifest",
+    "verify_digests",
+]
+
+FORMAT_VERSION = 1
+REQUIRED_FILES = ("decoder.onnx", "decoder.onnx.data", "embed.onnx", "tokenizer.json")
+DRAFTER_FILES = ("drafter.onnx", "drafter.onnx.data")
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_SCALE_BYTES = {"float16": 2, "float32": 4}
+# Scales may start at the next page (64 KiB is the largest in use), not further: a wider gap is a wrong offset.
+_MAX_GAP_BYTES = 65_536
+# Coarsest file clock in use (FAT). A younger file could change again without a new stamp, so it is not remembered.
+_SETTLED_NS = 2_000_000_000
+_OWN_DIGEST = "manifest_sha256"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+
+Config = TypeVar("Config", bound=StackConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a listed file must be."""
+
+    size_bytes: int
+    sha256: str
+
+    @classmethod
+    def from_json(cls, value: object, field: str) -> Self:
+        """The entry under `field` of the manifest."""
+        entry = object_of(value, field, _names(cls))
+        size = integer(entry["size_bytes"], f"{field}.size_bytes", 0)
+        return cls(size, sha256_digest(entry["sha256"], f"{field}.sha256"))
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """A table of rows: packed `[num_rows, row_bytes]` at offset 0, its scales `[num_rows, num_blocks]` behind.
+
+    Tables of 16 and 32 bits have no scales: `block_size` and `scale_offset` are 0, `scale_dtype` is "".
+    A value is `quantized * scale * multiplier`.
+    """
+
+    file: str
+    num_rows: int
+    width: int
+    bits: int
+    block_size: int
+    scale_offset: int
+    scale_dtype: str
+    multiplier: float
+
+    @property
+    def num_blocks(self) -> int:
+        """Scales of one row."""
+        return -(-self.width // self.block_size) if self.block_size else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; a quantized row is padded to whole blocks."""
+        return (self.num_blocks * self.block_size or self.width) * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of all scales."""
+        return self.num_rows * self.num_blocks * _SCALE_BYTES.get(self.scale_dtype, 0)
+
+    @classmethod
+    def from_json(cls, value: object, field: str) -> Self:
+        """The table under `field` of the manifest."""
+        entry = object_of(value, field, _names(cls))
+        for name in ("num_rows", "width", "bits"):
+            integer(entry[name], f"{field}.{name}", 1)
+        for name in ("block_size", "scale_offset"):
+            integer(entry[name], f"{field}.{name}", 0)
+        for name in ("file", "scale_dtype"):
+            string(entry[name], f"{field}.{name}")
+        if type(entry["multiplier"]) not in (int, float) or not 0 < entry["multiplier"] < math.inf:
+            raise bad_field(f"{field}.multiplier", entry["multiplier"], "a number above 0")
+        return cls(**entry)
+
+    def check(self, file_size: int) -> None:
+        """Raises ArtifactError unless the layout is one that exists and fills `file_size` bytes exactly."""
+        self._check_layout()
+        end = (self.scale_offset or self.num_rows * self.row_bytes) + self.scale_bytes
+        if file_size != end:
+            raise ArtifactError(
+                f"{self.file} is {file_size:,} bytes, expected {end:,}: {self.num_rows:,} rows of {self.row_bytes:,}"
+                f" bytes and {self.scale_bytes:,} bytes of scales at {self.scale_offset:,}; {WAY_OUT}"
+            )
+
+    def _check_layout(self) -> None:
+        if self.bits in (16, 32):
+            if (self.block_size, self.scale_offset, self.scale_dtype) != (0, 0, ""):
+                raise bad_field(f"{self.file}: block_size", self.block_size, f"no scales at {self.bits} bits")
+            return
+        if self.bits not in (4, 8):
+            raise bad_field(f"{self.file}: bits", self.bits, "4, 8, 16 or 32")
+        if self.block_size < 1 or self.block_size * self.bits % 8:
+            raise bad_field(f"{self.file}: block_size", self.block_size, "even and above 0")
+        if self.scale_dtype not in _SCALE_BYTES:
+            raise bad_field(f"{self.file}: scale_dtype", self.scale_dtype, "float16 or float32")
+        gap = self.scale_offset - self.num_rows * self.row_bytes
+        if not 0 <= gap < _MAX_GAP_BYTES or self.scale_offset % _SCALE_BYTES[self.scale_dtype]:
+            end = f"{self.num_rows * self.row_bytes:,}, where the rows end, or aligned behind it"
+            raise bad_field(f"{self.file}: scale_offset", self.scale_offset, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an artifact is: model, drafter, tables, files. `sources` maps a source file's name to its SHA-256."""
+
+    format_version: int
+    model: ModelConfig
+    drafter: DrafterConfig | None
+    token_table: TableSpec
+    ple_table: TableSpec
+    recipe: dict[str, Any]
+    sources: dict[str, str]
+    generation: dict[str, Any]
+    files: dict[str, FileEntry]
+    producer: str
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """The manifest of plain values; raises ArtifactError naming the first field that is not usable."""
+        _check_version(value)
+        content = object_of(value, "the manifest", _names(cls))
+        files = object_of(content["files"], "files")
+        _check_names(files)
+        sources = object_of(content["sources"], "sources")
+        manifest = cls(
+            format_version=FORMAT_VERSION,
+            model=_config(ModelConfig, content["model"], "model"),
+            drafter=None if content["drafter"] is None else _config(DrafterConfig, content["drafter"], "drafter"),
+            token_table=TableSpec.from_json(content["token_table"], "token_table"),
+            ple_table=TableSpec.from_json(content["ple_table"], "ple_table"),
+            recipe=object_of(content["recipe"], "recipe"),
+            sources={name: sha256_digest(digest, f"sources.{reprlib.repr(name)}") for name, digest in sources.items()},
+            generation=object_of(content["generation"], "generation"),
+            files={name: FileEntry.from_json(entry, f"files.{name}") for name, entry in files.items()},
+            producer=string(content["producer"], "producer"),
+        )
+        manifest.check()
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def to_bytes(self) -> bytes:
+        """The canonical content of manifest.json: equal manifests give equal bytes."""
+        content = self.to_json()
+        lines = json.dumps(content | {_OWN_DIGEST: _own_digest(content)}, sort_keys=True, indent=1, allow_nan=False)
+        return f"{lines}\n".encode("ascii")
+
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """Files that the runtime opens."""
+        drafter = DRAFTER_FILES if self.drafter else ()
+        return (*REQUIRED_FILES, self.token_table.file, self.ple_table.file, *drafter)
+
+    def check(self) -> None:
+        """Raises ArtifactError where a file that the runtime opens is not listed or a table does not fit the model."""
+        for name in self.required_files:
+            if name not in self.files:
+                raise ArtifactError(f"{MANIFEST}: files lacks {reprlib.repr(name)}, which the runtime opens; {WAY_OUT}")
+        widths = (self.model.hidden_size, len(self.model.layers) * self.model.ple_size)
+        for table, width in zip((self.token_table, self.ple_table), widths, strict=True):
+            if (table.num_rows, table.width) != (self.model.vocab_size, width):
+                shape = f"[{table.num_rows:,}, {table.width:,}]"
+                expected = f"[{self.model.vocab_size:,}, {width:,}]"
+                raise ArtifactError(f"{MANIFEST}: {table.file} is {shape}, the model needs {expected}; {WAY_OUT}")
+            table.check(self.files[table.file].size_bytes)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """The entry of a file as it is."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(file.tell(), digest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`; reads no other file.
+
+    Raises:
+        ArtifactError: there is no artifact, or its manifest is damaged, unsafe or of another format version.
+    """
+    content = object_of(parse(_read(folder)), "the manifest")
+    expected = content.pop(_OWN_DIGEST, None)
+    manifest = Manifest.from_json(content)
+    found = _own_digest(content)
+    if expected != found:
+        raise bad_field(_OWN_DIGEST, expected, f"{found[:8]}... for this content: damaged or edited")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError unless every listed file is a regular file of its size; reads none."""
+    for name, entry in manifest.files.items():
+        size = _regular(folder / name).st_size
+        if size != entry.size_bytes:
+            fault = "truncated" if size < entry.size_bytes else "has trailing bytes"
+            raise ArtifactError(
+                f"{name} is {size:,} bytes, expected {entry.size_bytes:,}: {fault}; copy or export it again"
+            )
+
+
+def verify_digests(folder: Path, manifest: Manifest, *, cache: Path | None) -> None:
+    """Raises ArtifactError unless every listed file has its SHA-256; includes `check_files`.
+
+    Hashing gigabytes at each load is too slow, so the stamp of a verified file (device, inode, size, times, digest) is
+    remembered under `cache`, and only files whose stamp changed are hashed again. A write changes the stamp; a disk
+    that rots does not, and `cache=None` hashes everything.
+
+    Args:
+        cache: folder of the remembered stamps, `user_cache_folder()`. Damaged or not writable, it is ignored.
+    """
+    check_files(folder, manifest)
+    record = record_path(cache, folder) if cache else None
+    remembered = recall(record) if record else {}
+    verified = {}
+    for name, entry in manifest.files.items():
+        stamp = _stamp(folder / name, entry)
+        settled = time.time_ns() - max(stamp[3], stamp[4]) >= _SETTLED_NS
+        if remembered.get(name) != stamp:
+            _verify(folder / name, entry)
+        if settled:
+            verified[name] = stamp
+    if record and verified != remembered:
+        remember(record, verified)
+
+
+def _read(folder: Path) -> bytes:
+    path = folder / MANIFEST
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder}: {_reason(error)}; make an artifact with edge-export") from error
+    if not is_folder:
+        raise ArtifactError(f"{folder} is a file, expected an artifact folder; make one with edge-export")
+    if not os.path.lexists(path):
+        raise ArtifactError(f"{folder} holds no {MANIFEST}: not an artifact; make one with edge-export")
+    size = _regular(path).st_size
+    if size > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{MANIFEST} is {size:,} bytes, expected at most {_MAX_MANIFEST_BYTES:,}; {WAY_OUT}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{MANIFEST} cannot be read: {_reason(error)}; {WAY_OUT}") from error
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()
+
+
+def _check_version(value: object) -> None:
+    found = integer(object_of(value, "the manifest").get("format_version"), "format_version", 0)
+    if found != FORMAT_VERSION:
+        age = "newer than" if found > FORMAT_VERSION else "older than"
+        way_out = "update gemma-edge or re-export" if found > FORMAT_VERSION else "re-export"
+        raise ArtifactError(
+            f"{MANIFEST}: format version {found} is {age} {FORMAT_VERSION}, which this program reads; {way_out}"
+        )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    seen = {MANIFEST: MANIFEST}
+    for name in names:
+        if not _FILE_NAME.fullmatch(name):
+            raise bad_field("a file name", name, "letters, digits, '.', '_' and '-' only, no '.' first or last")
+        if _RESERVED.fullmatch(name):
+            raise bad_field("a file name", name, "one that Windows does not reserve")
+        if name.lower() in seen:
+            raise bad_field("a file name", name, f"one that differs from {seen[name.lower()]!r} in more than case")
+        seen[name.lower()] = name
+
+
+def _config(kind: type[Config], value: object, field: str) -> Config:
+    content = object_of(value, field)
+    try:
+        return kind.from_json(content)
+    except (TypeError, ValueError) as error:
+        # a key of the file may hold a line break, and a message is one line
+        reason = " ".join(str(error).split())[:300].removeprefix(f"{MANIFEST}: ").removesuffix("; re-export the model")
+        raise ArtifactError(f"{MANIFEST}: {field}: {reason}; {WAY_OUT}") from error
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _regular(path: Path) -> os.stat_result:
+    try:
+        status = path.lstat()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path.name} is missing; {WAY_OUT}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path.name}: {_reason(error)}; {WAY_OUT}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
+        raise ArtifactError(f"{path.name} is {kind}, expected a regular file; put the file itself there")
+    return status
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _stamp(path: Path, entry: FileEntry) -> list[Any]:
+    status = _regular(path)
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
+
+
+def _verify(path: Path, entry: FileEntry) -> None:
+    try:
+        found = file_entry(path).sha256
+    except OSError as error:
+        raise ArtifactError(f"{path.name} cannot be read: {_reason(error)}; {WAY_OUT}") from error
+    if found != entry.sha256:
+        raise ArtifactError(
+            f"{path.name} has SHA-256 {found[:8]}..., expected {entry.sha256[:8]}...: damaged or exchanged; {WAY_OUT}"
+        )

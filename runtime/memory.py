@@ -1,0 +1,50 @@
+"""Memory of this process, split by what the system can take back: mapped pages yes, anonymous ones no.
+
+Source: https://docs.kernel.org/filesystems/proc.html, RssAnon, RssFile and RssShmem of /proc/self/status.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """Resident memory: heap and buffers are anonymous, model files are mapped."""
+
+    anonymous_bytes: int
+    mapped_bytes: int
+
+
+@dataclass(slots=True)
+class PeakMemory:
+    """The largest usage seen by `sample`: a sampled peak, so one that came and went between two samples is missed.
+
+    The two maxima are taken apart and may be of different moments; their sum is an upper bound of the samples.
+    """
+
+    usage: MemoryUsage = MemoryUsage(0, 0)
+
+    def sample(self) -> MemoryUsage:
+        """The usage now, after raising the maxima to it."""
+        now = memory_usage()
+        anonymous = max(now.anonymous_bytes, self.usage.anonymous_bytes)
+        self.usage = MemoryUsage(anonymous, max(now.mapped_bytes, self.usage.mapped_bytes))
+        return now
+
+
+def memory_usage() -> MemoryUsage:
+    """Resident memory now; where the system does not say what is anonymous, what is this process's alone."""
+    try:
+        status = _STATUS.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        status = ""
+    pages = {name: int(size) * 1024 for name, size in re.findall(r"^Rss(Anon|File|Shmem):\s*(\d+) kB$", status, re.M)}
+    if len(pages) == 3:
+        return MemoryUsage(pages["Anon"], pages["File"] + pages["Shmem"])
+    memory = psutil.Process().memory_full_info()
+    return MemoryUsage(memory.uss, max(memory.rss - memory.uss, 0))

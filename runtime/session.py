@@ -1,0 +1,73 @@
+"""ONNX Runtime sessions and bindings over memory that this runtime owns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from profiles import DeviceProfile
+from runtime.errors import ArtifactError, InferenceError, RequestError
+
+Array = npt.NDArray[Any]
+
+
+def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
+    """A session with the profile's threads on the first of its providers that this ONNX Runtime has.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses the graph.
+        RequestError: none of the profile's providers is available.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = profile.num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    available = set(ort.get_available_providers())
+    providers = [name for name in profile.providers if name in available]
+    if not providers:
+        raise RequestError(
+            f"profile {profile.name} asks for {', '.join(profile.providers)}; this onnxruntime has "
+            f"{', '.join(sorted(available))}; choose another profile or install the provider"
+        )
+    try:
+        return ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise ArtifactError(f"{path}: onnxruntime refuses the graph: {_first_line(error)}") from error
+
+
+class Binding:
+    """Inputs and outputs of one run, bound by address; keeps the arrays alive until the run is over."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._arrays: list[Array] = []
+
+    def input(self, name: str, array: Array) -> None:
+        """Binds a contiguous array as an input."""
+        self._arrays.append(array)
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def output(self, name: str, array: Array, shape: Sequence[int] | None = None) -> None:
+        """Binds a contiguous array as the memory of an output, under another shape if given."""
+        self._arrays.append(array)
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, shape or array.shape, array.ctypes.data)
+
+    def run(self, options: ort.RunOptions) -> None:
+        """Runs the session; InferenceError where it fails."""
+        try:
+            self._session.run_with_iobinding(self._binding, options)
+        except Exception as error:
+            raise InferenceError(f"onnxruntime failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def float_buffer(*shape: int) -> npt.NDArray[np.float32]:
+    """Uninitialized memory for an output."""
+    return np.empty(shape, np.float32)

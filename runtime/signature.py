@@ -1,0 +1,53 @@
+"""Names of the graphs' inputs and outputs: the contract between exporter and runtime.
+
+decoder.onnx
+    inputs   inputs_embeds      float32 [num_tokens, hidden_size]             token rows * sqrt(hidden_size)
+             per_layer_inputs   float32 [num_tokens, num_layers * ple_size]   PLE rows * sqrt(ple_size)
+             position_ids       int64   [num_tokens]
+             num_kept           int64   [1]    rows, counted from the end, whose logits and hidden states are wanted
+             full_mask, sliding_mask  float32 [num_tokens, num_keys]          0 or a large negative number
+             keys_L_H, values_L_H     float32 [num_keys, head_dim]            KV rows, the new ones included
+    outputs  logits             float32 [num_kept, vocab_size]
+             hidden             float32 [num_kept, hidden_size]               after the final norm
+             new_keys_L_H, new_values_L_H  float32 [1, num_tokens, head_dim]  bind them at the rows' place
+
+drafter.onnx
+    inputs   inputs_embeds      float32 [1, 2 * hidden_size]   token row * sqrt(hidden_size), then the hidden state
+             position_ids       int64   [1]
+             keys_L_H, values_L_H   as above, of the target's last sliding and last full layer that own KV
+    outputs  candidate_logits   float32 [num_candidates]
+             candidate_ids      int64   [num_candidates]       absent with a dense head: candidates are the vocabulary
+             projected_state    float32 [1, hidden_size]       the next step's hidden state
+
+embed.onnx
+    inputs   input_ids          int64   [num_tokens]
+    outputs  inputs_embeds, per_layer_inputs   as decoder.onnx takes them
+"""
+
+from runtime.model_config import LayerConfig
+
+
+def kv_view_names(index: int, layer: LayerConfig) -> list[str]:
+    """Inputs with a layer's keys and values, for every KV head."""
+    heads = range(layer.num_kv_heads)
+    return [name for head in heads for name in (key_view_name(index, head), value_view_name(index, head))]
+
+
+def key_name(layer: int, head: int) -> str:
+    """Output with the new keys of one KV head."""
+    return f"new_{key_view_name(layer, head)}"
+
+
+def value_name(layer: int, head: int) -> str:
+    """Output with the new values of one KV head."""
+    return f"new_{value_view_name(layer, head)}"
+
+
+def key_view_name(layer: int, head: int) -> str:
+    """Input with all keys of one KV head."""
+    return f"keys_{layer}_{head}"
+
+
+def value_view_name(layer: int, head: int) -> str:
+    """Input with all values of one KV head."""
+    return f"values_{layer}_{head}"

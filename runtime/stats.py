@@ -1,0 +1,79 @@
+"""What one generation cost and what drafting did for it."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.generation import DraftCounts
+from runtime.memory import PeakMemory
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """Figures of one generation; peaks are the process's, sampled between steps."""
+
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    time_to_first_token_ms: float
+    num_drafted: int
+    num_accepted: int
+    num_verify_steps: int
+    num_drafter_faults: int
+    accepted_histogram: tuple[int, ...]
+    acceptance_rate: float
+    mean_acceptance_length: float
+    peak_anonymous_bytes: int
+    peak_mapped_bytes: int
+
+
+class StatsRecorder:
+    """Takes times and memory while a generation runs."""
+
+    def __init__(self, num_prompt_tokens: int) -> None:
+        self.counts = DraftCounts()
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = 0
+        self._peak = PeakMemory()
+        self._start = time.perf_counter()
+        self._first = self._last = self._start
+
+    def step(self, num_tokens: int) -> None:
+        """Notes that a step has yielded tokens."""
+        self._last = time.perf_counter()
+        if self._num_tokens == 0:
+            self._first = self._last
+        self._num_tokens += num_tokens
+        self._peak.sample()
+
+    def finish(self, num_generated_tokens: int) -> GenerationStats:
+        """The figures; `num_generated_tokens` leaves out what followed a stop."""
+        counts, prefill_seconds = self.counts, self._first - self._start
+        decode_seconds = self._last - self._first
+        return GenerationStats(
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=num_generated_tokens,
+            prefill_tokens_per_second=_rate(self._num_prompt_tokens, prefill_seconds),
+            decode_tokens_per_second=_rate(self._num_tokens - 1, decode_seconds),
+            time_to_first_token_ms=prefill_seconds * 1e3,
+            peak_anonymous_bytes=self._peak.usage.anonymous_bytes,
+            peak_mapped_bytes=self._peak.usage.mapped_bytes,
+            **_draft_figures(counts),
+        )
+
+
+def _draft_figures(counts: DraftCounts) -> dict[str, Any]:
+    return {
+        "num_drafted": counts.num_drafted,
+        "num_accepted": counts.num_accepted,
+        "num_verify_steps": counts.num_verify_steps,
+        "num_drafter_faults": counts.num_drafter_faults,
+        "accepted_histogram": tuple(counts.accepted_histogram),
+        "acceptance_rate": counts.acceptance_rate,
+        "mean_acceptance_length": counts.mean_acceptance_length,
+    }
+
+
+def _rate(num_tokens: int, seconds: float) -> float:
+    return num_tokens / seconds if seconds > 0 and num_tokens > 0 else 0.0

@@ -1,0 +1,95 @@
+"""Strict reading of manifest.json: plain values in, one-line ArtifactErrors that name the field out.
+
+Knows the shape of no field: `runtime.manifest` does.
+"""
+
+import json
+import math
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from runtime.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+WAY_OUT = "copy the artifact again or re-export it with edge-export"
+
+_MAX_INTEGER = 2**63 - 1
+
+
+def parse(content: bytes) -> object:
+    """The values of a JSON file: UTF-8 without BOM, no key twice, finite numbers only."""
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise ArtifactError(f"{MANIFEST} starts with a byte order mark, expected plain UTF-8; {WAY_OUT}")
+    try:
+        text = content.decode()
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+    except ArtifactError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{MANIFEST} is not UTF-8 at byte {error.start:,}; {WAY_OUT}") from error
+    except RecursionError as error:
+        raise ArtifactError(f"{MANIFEST} is nested too deep to be a manifest; {WAY_OUT}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{MANIFEST} is not JSON: {error}; {WAY_OUT}") from error
+
+
+def object_of(value: object, field: str, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """`value` if it is an object; with `names`, one of exactly these keys."""
+    if not isinstance(value, dict):
+        raise bad_field(field, value, "an object")
+    for name in names or ():
+        if name not in value:
+            raise ArtifactError(f"{MANIFEST}: {field} lacks {name!r}; {WAY_OUT}")
+    for name in value:
+        if names and name not in names:
+            raise ArtifactError(f"{MANIFEST}: {field} has the unknown key {reprlib.repr(name)}; {WAY_OUT}")
+    return value
+
+
+def integer(value: object, field: str, low: int) -> int:
+    """`value` if it is an integer of `low` to 2^63 - 1; True and 1.0 are none."""
+    if type(value) is not int or not low <= value <= _MAX_INTEGER:
+        raise bad_field(field, value, f"an integer of {low} to 2^63 - 1")
+    return value
+
+
+def string(value: object, field: str) -> str:
+    """`value` if it is a string."""
+    if not isinstance(value, str):
+        raise bad_field(field, value, "a string")
+    return value
+
+
+def sha256_digest(value: object, field: str) -> str:
+    """`value` if it is a SHA-256 in lower-case hexadecimal digits."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        length = f" of {len(value)} characters" if isinstance(value, str) else ""
+        raise bad_field(field, value, "a SHA-256 of 64 hexadecimal digits", length)
+    return value
+
+
+def bad_field(field: str, found: object, expected: str, detail: str = "") -> ArtifactError:
+    """The error of one field; `found` is shortened, so a hostile value stays one line."""
+    return ArtifactError(f"{MANIFEST}: {field} is {reprlib.repr(found)}{detail}, expected {expected}; {WAY_OUT}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        [(name, times)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ArtifactError(f"{MANIFEST}: key {reprlib.repr(name)} is there {times} times, expected once; {WAY_OUT}")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise bad_field("a number", text, "a finite one")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _refuse_constant(text)
+    return value

@@ -1,0 +1,271 @@
+"""The chat template renders as transformers does, and a hostile one gets no further than its budget."""
+
+import copy
+import threading
+from datetime import datetime
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from runtime.chat import FILTERS, MAX_CHARS, ChatTemplate
+from runtime.errors import ArtifactError, RequestError
+
+TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+GEMMA_STYLE = """\
+{%- macro strip_thinking(text) -%}
+    {%- set ns = namespace(result='') -%}
+    {%- for part in text.split('<channel|>') -%}
+        {%- if '<|channel>' in part -%}
+            {%- set ns.result = ns.result + part.split('<|channel>')[0] -%}
+        {%- else -%}
+            {%- set ns.result = ns.result + part -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- ns.result | trim -}}
+{%- endmacro -%}
+{%- macro arguments(value) -%}
+    {%- for key, item in value | dictsort -%}
+        {{- key ~ ':' ~ item | tojson -}}{%- if not loop.last %},{% endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- set rest = messages -%}
+{{ bos_token }}
+{%- if tools or messages[0]['role'] in ['system', 'developer'] -%}
+    {{- '<|turn>system\\n' + messages[0]['content'] | trim + '<turn|>\\n' -}}
+    {%- set rest = messages[1:] -%}
+{%- endif %}
+{%- for message in rest -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('roles must alternate') }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{- '<|turn>' + role + '\\n' }}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '<|tool_call>call:' + call.name + '{' + arguments(call.arguments) + '}<tool_call|>' -}}
+    {%- endfor -%}
+    {{- strip_thinking(message['content']) if role == 'model' else message['content'] | trim -}}
+    {{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if tools is not none %}tools{% endif %}
+{%- if add_generation_prompt -%}
+    {{- '<|turn>model\\n' -}}
+    {%- if not enable_thinking | default(false) %}{{ '<|channel>thought\\n<channel|>' }}{% endif -%}
+{%- endif -%}
+"""
+USER = {"role": "user", "content": " Héllo <b> & 'you'\n"}
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [USER],
+    [{"role": "system", "content": "Be  brief."}, USER],
+    [USER, {"role": "assistant", "content": "<|channel>thought\nhm<channel|>Hi. "}, USER],
+    [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"b": [1, None], "a": "é"}}]},
+    ],
+]
+
+
+def render(source: str, messages: Any = (USER,)) -> str:
+    return ChatTemplate(source, TOKENS).render(messages)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_renders_as_transformers_does(messages: list[dict[str, Any]], add_generation_prompt: bool) -> None:
+    rendered = ChatTemplate(GEMMA_STYLE, TOKENS).render(messages, add_generation_prompt=add_generation_prompt)
+    assert rendered == by_transformers(GEMMA_STYLE, messages, add_generation_prompt)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "  {% if true %}\n  a\n  {% endif %}\nb\n",  # trim_blocks and lstrip_blocks
+        "{% for x in range(9) %}{% if x == 2 %}{% continue %}{% elif x > 5 %}{% break %}{% endif %}{{x}}{% endfor %}",
+        "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b': '<é>', 'a': 1.5} | tojson(sort_keys=true) }}",
+        "{{ [1, 'a', none, true] | join(', ') }}{{ 1 ~ none ~ missing ~ 'x' }}{{ 7 | string + '7' }}",
+        "{{ 'a-b-c'.replace('-', '+', 1) ~ 'a-b' | replace('-', '') ~ ', '.join(['x', 'y']) }}",
+        "{% set text %}{% for m in messages %}{{ m.role }}{% endfor %}{% endset %}{{ text | upper * 3 }}",
+        "{% macro twice(x) %}{{ x }}{{ caller() }}{% endmacro %}{% call twice(2.5) %}!{% endcall %}",
+        "{{ 3000 * 2000 }} {{ 7 % 4 }} {{ 7 // 2 }} {{ 7 / 2 }} {{ -3 + 1 }} {{ [1] + [2] == [1, 2] }} {{ missing }}",
+        "{% for row in [[1, [2]], [3]] recursive %}{{ loop(row) if row is iterable else row }}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{% set ns.b = dict(c=2) %}{{ ns.a }}{{ ns.b.c }}{{ ns.b.get('d', 'e') }}",
+        "{% for k, v in messages[0].items() %}{{ k }}={{ v | trim | length }};{% endfor %}",
+    ],
+)
+def test_each_feature_is_as_in_transformers(source: str) -> None:
+    assert render(source) == by_transformers(source, [USER], True)
+
+
+def by_transformers(source: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    rendered, _ = render_jinja_template(
+        [messages], chat_template=source, add_generation_prompt=add_generation_prompt, **TOKENS
+    )
+    return str(rendered[0])
+
+
+def test_the_date_is_todays() -> None:
+    assert render("{{ strftime_now('%Y') }}") in {str(datetime.now().year + offset) for offset in (-1, 0)}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_listed_filter_exists(name: str) -> None:
+    ChatTemplate("{{ messages | " + name + " }}", TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a\n{{ raise_exception('no system\nrole') }}", r"line 2: no system role$"),
+        ("a\n\n{{ messages[0].missing.deeper }}", r"line 3: .*has no attribute 'missing'"),
+        ("{% macro m(x) %}\n{{ 1 // x }}\n{% endmacro %}\n{{ m(0) }}", r"line 2: ZeroDivisionError"),
+        ("{% for x in [1] %}\n{{ undefined_function() }}{% endfor %}", r"line 2: 'undefined_function' is undefined"),
+        ("{{ 'a' + 1 }}", r"line 1: TypeError"),
+        ("{{ raise_exception(7) }}", r"line 1: 7$"),
+        ("{{ raise_exception([7]) }}", r"line 1: list cannot be written"),
+        ("{% include 'other' %}", r"line 1: TypeError: no loader"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"line 1: RecursionError"),
+        ("\n{{ messages }}", r"line 2: list cannot be written as text; use the filter tojson"),
+    ],
+)
+def test_an_error_names_the_line_of_the_template(source: str, message: str) -> None:
+    with pytest.raises(RequestError, match=r"^chat template, " + message):
+        render(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a\n{% if %}", r"^chat template, line 2: Expected an expression.*; re-export the model$"),
+        ("a\n{{ 'x' | center(9) }}", r"^chat template, line 2: No filter named 'center'"),
+        ("{% for x in y %}", r"^chat template, line 1: Unexpected end of template"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"^chat template: RecursionError"),
+        ("{% for x in y %}" * 30 + "{% endfor %}" * 30, r"^chat template: SyntaxError: too many statically nested"),
+    ],
+)
+def test_a_template_that_does_not_parse_is_a_damaged_artifact(source: str, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        ChatTemplate(source, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"a list of at least one mapping, got \[\]"),
+        ("hello", r"a list of at least one mapping, got 'hello'"),
+        (None, r"a list of at least one mapping, got None"),
+        (["hello"], r"message 0 must be a mapping with role and content, got 'hello'"),
+        ([USER, {"content": "x"}], r"message 1: role must be a string, got None"),
+        ([{"role": "user", "content": ["x"]}], r"message 0: content must be a string, got \['x'\]"),
+        (
+            [{"role": "user<turn|>", "content": "x"}],
+            r"message 0: role 'user<turn\|>' is unknown; use system, developer",
+        ),
+        ([{**USER, "when": datetime.now()}], r"JSON values only: Object of type datetime"),
+    ],
+)
+def test_messages_are_checked(messages: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        render("x", messages)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ''['__class__'].mro() }}",
+        "{{ messages[0].__init__.__globals__ }}{{ messages.__len__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ raise_exception.__code__.co_consts }}",
+        "{{ self.__init__.__globals__ }}{{ self._TemplateReference__context.environment }}",
+        "{{ namespace.mro() }}",
+        "{{ dict.fromkeys(range(3)) }}",
+        "{{ dict.update(messages[0], {'role': 'x'}) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ namespace(**{'__call__': 1}) }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{{ ('%s' % messages) }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ lipsum.__globals__['os'].popen('id') }}",
+        "{% set f = strftime_now %}{{ f.__globals__.json }}",
+        "{% for x in [1] %}{{ loop._iterator.gi_frame.f_back }}{{ loop.__class__() }}{% endfor %}",
+    ],
+)
+def test_a_sandbox_escape_is_refused(source: str) -> None:
+    messages = [copy.deepcopy(USER)]
+    with pytest.raises(RequestError, match=r"^chat template, line 1: "):
+        render(source, messages)
+    assert messages == [USER]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10000000000 }}",
+        "{{ 10000000000 * [1] }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ 'a'.ljust(10000000000) }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{{ (1).to_bytes(10000000000, 'big') }}",
+        "{{ [1] | tojson(indent=10000000000) }}",
+        "{{ range(10000000000) | list }}",
+        "{% set x = 'a' * 4000000 %}{{ x.replace('a', x) }}",
+        "{% set x = 'a' * 4000000 %}{{ x | replace('', x) }}",
+        "{% set x = 'a' * 4000000 %}{{ x | join(x) }}{{ x.join(x) }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% macro m(n) %}{{ m(n + 1) if n < 99 }}{{ m(n + 1) if n < 99 }}{% endmacro %}{{ m(0) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{{ 'a' * 100000 }}{% endfor %}",
+        "{% macro m() %}{{ 'a' * 4000000 }}{% endmacro %}{{ m() ~ m() }}",
+        "{% set x %}{{ 'a' * 4000000 }}{{ 'a' * 4000000 }}{% endset %}",
+    ],
+)
+def test_little_source_cannot_take_much_time_or_memory(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.chat.MAX_STEPS", 50_000)
+    with pytest.raises(RequestError, match=r"^chat template(, line 1)?: "):
+        render(source)
+
+
+def test_a_list_of_itself_twice_and_so_on_is_cut_short_by_tojson(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.chat.MAX_CHARS", 100_000)
+    with pytest.raises(RequestError, match=r"exceeds 100,000 characters"):
+        render(
+            "{% set n = namespace(x=1) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{n.x|tojson}}"
+        )
+
+
+def test_the_bounds_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.chat.MAX_STEPS", 50_000)
+    with pytest.raises(RequestError, match=r"more than 50,000 steps"):
+        render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(RequestError, match=rf"exceeds {MAX_CHARS:,} characters"):
+        render("{{ 'a' * 10000000000 }}")
+
+
+def test_the_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.chat.MAX_SECONDS", 0.05)
+    with pytest.raises(RequestError, match=r"more than 0.05 s"):
+        render("{% for a in range(9999) %}{% set b = range(99999) | list %}{% endfor %}")
+
+
+def test_a_long_conversation_stays_far_inside_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.chat.MAX_STEPS", 20 * 1000)
+    turn = [USER, {"role": "assistant", "content": "Hi."}]
+    assert render(GEMMA_STYLE, turn * 500).count("<|turn>") == 1001
+
+
+def test_threads_have_a_budget_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.chat.MAX_STEPS", 50_000)
+    template = ChatTemplate("{% for a in range(20000) %}{% endfor %}ok", TOKENS)
+    results: list[str] = []
+    threads = [threading.Thread(target=lambda: results.append(template.render([USER]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == ["ok"] * 3

@@ -1,0 +1,54 @@
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import memory
+from runtime.memory import MemoryUsage, PeakMemory, memory_usage
+
+SIZE = 50_000_000
+# the kernel counts up to 64 pages a thread late, and the test itself needs a little
+SLACK = 5_000_000
+
+
+def test_touched_memory_is_anonymous() -> None:
+    before = memory_usage()
+    block = np.ones(SIZE, np.uint8)
+    after = memory_usage()
+    assert after.anonymous_bytes - before.anonymous_bytes > block.nbytes - SLACK
+    assert abs(after.mapped_bytes - before.mapped_bytes) < SLACK
+
+
+def test_a_mapped_file_is_mapped(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(SIZE))
+    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        before = memory_usage()
+        assert not any(mapped[:: mmap.PAGESIZE])
+        after = memory_usage()
+    assert after.mapped_bytes - before.mapped_bytes > SIZE - SLACK
+    assert after.anonymous_bytes - before.anonymous_bytes < SLACK
+
+
+def test_the_peak_keeps_what_was_freed() -> None:
+    peak = PeakMemory()
+    start = peak.sample()
+    block = np.ones(SIZE, np.uint8)
+    peak.sample()
+    del block
+    now = peak.sample()
+    assert peak.usage.anonymous_bytes - start.anonymous_bytes > SIZE - SLACK
+    assert peak.usage.anonymous_bytes > now.anonymous_bytes
+    assert PeakMemory().usage == MemoryUsage(0, 0)
+
+
+@pytest.mark.parametrize("status", [None, "VmRSS:\t 5 kB\n"])
+def test_systems_that_do_not_say_what_is_anonymous(
+    status: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if status:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    usage = memory_usage()
+    assert usage.anonymous_bytes > 2**20
+    assert usage.mapped_bytes >= 0
