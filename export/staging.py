@@ -44,8 +44,8 @@ def staged_folder(destination: Path, *, sources: Sequence[Path]) -> Iterator[Pat
         folder = partial / "artifact"
         if folder.exists():  # of an export that was killed
             shutil.rmtree(folder)
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield folder
             _check_vacant(destination)
             _publish(folder, destination)
@@ -132,6 +132,8 @@ def _open_marker(partial: Path) -> int:
             raise ExportError(f"{partial} exists and is not an export's; move it away")
         return os.open(partial / MARKER, os.O_RDWR | os.O_CREAT)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.rmdir()
         raise ExportError(f"cannot create {partial}: {error.strerror}; choose a destination you can write") from error
 
 

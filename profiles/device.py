@@ -5,6 +5,7 @@ Knows nothing of a model; whether one fits into the budget is the runtime's to s
 
 import difflib
 import re
+import reprlib
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -64,7 +65,7 @@ class DeviceProfile:
     num_draft_tokens: int
 
     def __post_init__(self) -> None:
-        """Raises ProfileError for the first value of a wrong type, out of its range or contradicting another."""
+        """Raises ProfileError for the first value of a wrong type or out of its range."""
         for key in ("name", "description"):
             if not isinstance(getattr(self, key), str):
                 raise ProfileError(f"{key} is {getattr(self, key)!r}, expected a string")
@@ -74,11 +75,6 @@ class DeviceProfile:
             value = getattr(self, key)
             if type(value) is not int or not low <= value <= high:
                 raise ProfileError(f"{key} is {value!r}, expected an integer of {low:,} to {high:,}")
-        if self.prefill_chunk_tokens > self.context_tokens:
-            raise ProfileError(
-                f"prefill_chunk_tokens {self.prefill_chunk_tokens:,} exceeds context_tokens {self.context_tokens:,};"
-                " lower it"
-            )
 
     def _check_memory(self) -> None:
         budget, fraction = self.memory_budget_bytes, self.memory_fraction
@@ -94,9 +90,10 @@ class DeviceProfile:
         names = self.providers
         if not isinstance(names, tuple) or not names or not all(isinstance(name, str) and name for name in names):
             raise ProfileError(f"providers is {names!r}, expected a list of names such as 'CPUExecutionProvider'")
+        known = ", ".join(_PROVIDERS)
         for name in names:
             if name not in _PROVIDERS:
-                raise ProfileError(f"unknown provider {name!r}{_nearest(name, _PROVIDERS)}")
+                raise ProfileError(f"unknown provider {name!r}{_nearest(name, _PROVIDERS)}; known ones are {known}")
             if names.count(name) > 1:
                 raise ProfileError(f"provider {name!r} is there {names.count(name)} times, expected once")
 
@@ -148,7 +145,7 @@ def parse_bytes(text: str) -> int:
     match = _AMOUNT.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise ProfileError(f"{text!r} is no amount of memory; write it like '6 GiB', '512 MiB' or '4096'")
+        raise ProfileError(f"{reprlib.repr(text)} is no amount of memory; write it like '6 GiB', '512 MiB' or '4096'")
     return int(Decimal(match[1].replace(",", "")) * unit)
 
 

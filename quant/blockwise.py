@@ -54,9 +54,9 @@ def quantize_rows(
         codes [num_rows, row_bytes] and scales [num_rows, num_blocks]
     """
     num_rows, width = weights.shape
-    blocks = np.zeros((num_rows, form.num_blocks * form.block_size), np.float32)
-    blocks[:, :width] = weights
-    blocks = blocks.reshape(num_rows, form.num_blocks, form.block_size)
+    padded = np.zeros((num_rows, form.num_blocks * form.block_size), np.float32)
+    padded[:, :width] = weights
+    blocks = padded.reshape(num_rows, form.num_blocks, form.block_size)
     scales = _scales(blocks, form.bits, scale_type)
     middle = 1 << (form.bits - 1)
     blocks /= scales.astype(np.float32)[..., None]
@@ -70,10 +70,13 @@ def _scales(blocks: Float32, bits: int, scale_type: npt.DTypeLike) -> npt.NDArra
     """One scale a block; 1 where a block is all zeros or too small for the scale's type."""
     lowest, highest = blocks.min(-1), blocks.max(-1)
     extreme = np.where(-lowest >= highest, lowest, highest)
-    scales = (extreme / -(1 << (bits - 1))).astype(scale_type)
+    scales: npt.NDArray[np.floating] = (extreme / -(1 << (bits - 1))).astype(scale_type)
     scales[scales == 0] = 1
     return scales
 
 
 def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+    if bits == 8:
+        return codes
+    low, high = codes[:, 0::2], codes[:, 1::2]
+    return np.bitwise_or(low, np.left_shift(high, 4, dtype=np.uint8), dtype=np.uint8)

@@ -79,7 +79,7 @@ class ChatTemplate:
         """
         variables = {
             **self._special_tokens,
-            "messages": _plain(messages),
+            "messages": plain_messages(messages),
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -93,7 +93,7 @@ class ChatTemplate:
             _budget.reset(before)
 
 
-def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A copy in plain JSON types: a template can neither change nor call what it is given."""
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(f"messages must be a list of at least one mapping, got {messages!r:.40}")

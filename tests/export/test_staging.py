@@ -217,9 +217,9 @@ def test_a_destination_in_use(tmp_path: Path) -> None:
     export(tmp_path / "out")
     with pytest.raises(ExportError, match="out is not empty; remove it or choose another"):
         export(tmp_path / "out", content="second")
-    with pytest.raises(ExportError, match=r"manifest.json is a file; choose a folder"):
+    with pytest.raises(ExportError, match=r"manifest\.json is a file; choose a folder"):
         export(tmp_path / "out/manifest.json")
-    with pytest.raises(ExportError, match="manifest.json is not a folder; create it or choose another"):
+    with pytest.raises(ExportError, match=r"manifest\.json is not a folder; create it or choose another"):
         export(tmp_path / "out/manifest.json/out")
     with pytest.raises(ExportError, match="absent is not a folder; create it"):
         export(tmp_path / "absent/out")

@@ -128,7 +128,6 @@ def test_a_key_that_is_missing(tmp_path: Path, key: str) -> None:
         ({"num_threads": "4.0"}, "num_threads is 4.0, expected an integer"),
         ({"context_tokens": "0"}, "context_tokens is 0, expected an integer of 1 to 16,777,216"),
         ({"context_tokens": "1e3"}, "context_tokens is 1000.0, expected an integer"),
-        ({"context_tokens": "511"}, "prefill_chunk_tokens 512 exceeds context_tokens 511; lower it"),
         ({"prefill_chunk_tokens": "0"}, "prefill_chunk_tokens is 0, expected an integer of 1 to 65,536"),
         ({"num_draft_tokens": "-1"}, "num_draft_tokens is -1, expected an integer of 0 to 64"),
         ({"description": "5"}, "description is 5, expected a string"),
@@ -155,8 +154,7 @@ def test_options_that_replace_values_are_checked_too() -> None:
     assert replace(laptop, num_draft_tokens=0).num_draft_tokens == 0
     with pytest.raises(ProfileError, match="num_threads is -1, expected an integer of 0 to 1,024"):
         replace(laptop, num_threads=-1)
-    with pytest.raises(ProfileError, match="prefill_chunk_tokens 512 exceeds context_tokens 100"):
-        replace(laptop, context_tokens=100)
+    assert replace(laptop, context_tokens=100).prefill_chunk_tokens == 512  # a chunk is never longer than the prompt
 
 
 # Amounts
@@ -226,7 +224,7 @@ def test_an_override_replaces_the_profile_only(
 
 @pytest.mark.parametrize("override", [0, -1, True, "0", "much", 2**63, 1.5])
 def test_an_override_that_is_none(override: Any) -> None:
-    with pytest.raises(ProfileError, match="memory budget is|no amount of memory"):
+    with pytest.raises(ProfileError, match=r"memory budget is|no amount of memory"):
         budget_bytes(load_profile("laptop"), override)
 
 

@@ -387,7 +387,7 @@ def test_a_file_of_another_size(artifact: Path, size: int, fault: str) -> None:
 def test_a_file_that_is_missing(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     (artifact / "decoder.onnx.data").unlink()
-    with pytest.raises(ArtifactError, match="decoder.onnx.data is missing; copy"):
+    with pytest.raises(ArtifactError, match=r"decoder\.onnx\.data is missing; copy"):
         check_files(artifact, manifest)
 
 
@@ -449,7 +449,7 @@ def test_swapped_files_are_seen(tmp_path: Path, artifact: Path) -> None:
     (artifact / "embed.onnx").rename(artifact / "drafter.onnx")
     (tmp_path / "spare").rename(artifact / "embed.onnx")
     check_files(artifact, manifest)
-    with pytest.raises(ArtifactError, match="SHA-256 .*damaged or exchanged"):
+    with pytest.raises(ArtifactError, match=r"SHA-256 .*damaged or exchanged"):
         verify_digests(artifact, manifest, cache=None)
 
 
@@ -475,7 +475,7 @@ def test_damage_behind_the_cache_is_seen(artifact: Path, tmp_path: Path, hashed:
     (artifact / "embed.onnx").write_bytes(b"x" * SIZES["embed.onnx"])
     os.utime(artifact / "embed.onnx", ns=(before.st_atime_ns, before.st_mtime_ns))  # the change time still tells
     for _ in range(2):
-        with pytest.raises(ArtifactError, match="embed.onnx has SHA-256"):
+        with pytest.raises(ArtifactError, match=r"embed\.onnx has SHA-256"):
             verify_digests(artifact, manifest, cache=tmp_path)
 
 

@@ -25,7 +25,7 @@ def test_an_object_has_exactly_its_names() -> None:
 def test_an_integer_has_a_range() -> None:
     assert integer(2**63 - 1, "size", 0) == 2**63 - 1
     for value in (2**63, 0, True, 1.0):
-        with pytest.raises(ArtifactError, match="size is .*, expected an integer of 1 to 2"):
+        with pytest.raises(ArtifactError, match=r"size is .*, expected an integer of 1 to 2"):
             integer(value, "size", 1)
 
 
