@@ -71,7 +71,6 @@ class DecoderGraph:
 
     def _masks(self, kept_from: str | None) -> dict[str, dict[int, str]]:
         """Each kind's mask with its rows repeated for the query heads that share a KV head."""
-        graph = self.emitter.graph
         masks: dict[str, dict[int, str]] = {}
         for layer in self.model.layers:
             repeats = self.model.num_heads // layer.num_kv_heads

@@ -32,7 +32,7 @@ class TensorRows:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A weight [num_rows, width]: rows of checkpoint tensors, one below the other, or one whole tensor in an `order`."""
+    """A weight [num_rows, width]: rows of checkpoint tensors stacked, or one whole tensor in an `order`."""
 
     name: str
     checkpoint: Checkpoint

@@ -1,8 +1,9 @@
 """Symmetric block-wise quantization to 4 or 8 bits, in the byte layout of ONNX Runtime's `MatMulNBits`.
 
-A block of `block_size` weights along a row shares one scale. Codes are unsigned around 2^(bits-1); two 4-bit codes share
-a byte, the earlier one in the low nibble. Rows are padded with zero weights to whole blocks. The scale maps the weight
-of largest magnitude to the lowest code exactly, as llama.cpp's Q4_0 does, so a checkpoint trained for that grid keeps it.
+A block of `block_size` weights along a row shares one scale. Codes are unsigned around 2^(bits-1); two 4-bit codes
+share a byte, the earlier one in the low nibble. Rows are padded with zero weights to whole blocks. The scale maps the
+weight of largest magnitude to the lowest code exactly, as llama.cpp's Q4_0 does, so a checkpoint trained for that grid
+keeps it.
 
 Source: onnxruntime ContribOperators `MatMulNBits`; ggml `quantize_row_q4_0_ref`.
 """

@@ -1,6 +1,5 @@
 """How long a context the memory budget leaves room for."""
 
-
 from profiles import DeviceProfile
 from runtime.errors import MemoryBudgetError
 from runtime.kv_cache import GROWTH_TOKENS, full_bytes_per_token, sliding_bytes

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from profiles import DeviceProfile, budget_bytes, load_profile
 from runtime.budget import context_that_fits
-from runtime.chat import ChatTemplate
+from runtime.chat import ChatTemplate, plain_messages
 from runtime.drafter import DrafterModel
 from runtime.errors import BusyError, ClosedError, RequestError
 from runtime.generation import Request
@@ -80,7 +80,7 @@ class Runtime:
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
-        check_files(folder, manifest)
+        check_files(folder, manifest)  # cheap, and before the budget: sizes must be true
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         verify_digests(folder, manifest, cache=user_cache_folder())
         return cls(manifest, device, context_tokens, _open(folder, manifest, device, context_tokens))
@@ -167,7 +167,10 @@ class Runtime:
         loaded = self._open_or_raise()
         if loaded.template is None:
             raise RequestError("the artifact has no chat template; use generate() with a prompt of your own")
-        plain = [{**message, "content": loaded.tokenizer.literal(message["content"])} for message in messages]
+        plain = plain_messages(messages)
+        for message in plain:
+            if message["role"] not in ("assistant", "model"):  # only the model's own turns may hold special tokens
+                message["content"] = loaded.tokenizer.literal(message["content"])
         return loaded.tokenizer.encode(loaded.template.render(plain), add_bos=True)
 
     def count_tokens(self, text: str) -> int:

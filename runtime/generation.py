@@ -1,6 +1,6 @@
 """The draft-verify loop: which tokens come next. Knows nothing of sessions, files or text.
 
-Source: Leviathan et al., arXiv 2211.17192 (lossless verification); transformers 5.22 `_assisted_decoding` for the round.
+Source: Leviathan et al., arXiv 2211.17192 (verification); transformers 5.22 `_assisted_decoding` (the round).
 """
 
 from collections.abc import Callable, Iterator, Sequence

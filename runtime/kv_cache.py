@@ -75,9 +75,7 @@ class KVCache:
         """Prepares rows for `num_new` tokens; RequestError where the context would be exceeded."""
         needed = self.num_tokens + num_new
         if needed > self.max_tokens:
-            raise RequestError(
-                f"context: {needed:,} tokens are needed, {self.max_tokens:,} fit; shorten the prompt or raise the budget"
-            )
+            raise RequestError(f"context: {needed:,} tokens are needed, {self.max_tokens:,} fit; shorten the prompt")
         self._grow_full(needed)
         sliding = self._kinds["sliding"]
         if needed - sliding.first_position > sliding.capacity:

@@ -212,6 +212,8 @@ class Manifest:
                 expected = f"[{self.model.vocab_size:,}, {width:,}]"
                 raise ArtifactError(f"{MANIFEST}: {table.file} is {shape}, the model needs {expected}; {WAY_OUT}")
             table.check(self.files[table.file].size_bytes)
+        if self.drafter is not None:
+            self.drafter.check_pairing(self.model)
 
 
 def file_entry(path: Path) -> FileEntry:

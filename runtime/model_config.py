@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from runtime.errors import ArtifactError
 
 AttentionKind = Literal["sliding", "full"]
+MAX_SIZE = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,21 @@ class StackConfig:
         return asdict(self)
 
     def check(self) -> None:
-        """Raises ArtifactError where a size is not a positive integer or a layer reads KV that does not exist."""
+        """Raises ArtifactError where a number is out of range or a layer is not usable."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, "int") and (type(value) is not int or value < 0):
-                raise ArtifactError(f"manifest.json: {field.name} is {value!r}, expected an integer >= 0")
+            if field.type is int and (type(value) is not int or not 0 <= value < MAX_SIZE):
+                raise ArtifactError(f"manifest.json: {field.name} is {value!r}, expected an integer >= 0; re-export")
+        numbers = [self.rms_norm_eps] + [
+            number for rope in self.rope.values() for number in (rope.theta, rope.rotated_fraction)
+        ]
+        if not all(isinstance(number, float) and 0 < number < float("inf") for number in numbers):
+            raise ArtifactError(f"manifest.json: rms_norm_eps or rope is not usable: {numbers}; re-export")
         for index, layer in enumerate(self.layers):
             sizes = (layer.head_dim, layer.num_kv_heads, layer.intermediate_size)
-            if layer.kind not in self.rope or any(type(size) is not int or size < 1 for size in sizes):
-                raise ArtifactError(f"manifest.json: layer {index} is not usable: {layer}")
+            is_sized = all(type(size) is int and 0 < size < MAX_SIZE for size in sizes)
+            if not is_sized or layer.kind not in self.rope or type(layer.kv_source) is not int:
+                raise ArtifactError(f"manifest.json: layer {index} is not usable: {layer}; re-export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,16 @@ class ModelConfig(StackConfig):
     logit_softcap: float | None
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
+
+    def check(self) -> None:  # a dataclass with slots is made anew: super() would not find it
+        """Raises ArtifactError as the stack does, and where a layer reads KV that no layer of its kind owns."""
+        StackConfig.check(self)
+        for index, layer in enumerate(self.layers):
+            owner = self.layers[layer.kv_source] if 0 <= layer.kv_source <= index else None
+            if owner is None or owner.kv_source != layer.kv_source or owner.kind != layer.kind:
+                raise ArtifactError(f"manifest.json: layer {index} reads KV of layer {layer.kv_source}; re-export")
+        if not self.layers or any(type(token) is not int for token in self.eos_token_ids):
+            raise ArtifactError("manifest.json: model.layers or model.eos_token_ids is not usable; re-export")
 
     @property
     def num_owned_layers(self) -> int:
@@ -109,3 +126,23 @@ class DrafterConfig(StackConfig):
     backbone_hidden_size: int
     num_centroids: int
     num_active_centroids: int
+
+    def check_pairing(self, target: ModelConfig) -> None:
+        """Raises ArtifactError where the drafter cannot read this target's hidden state, vocabulary or KV."""
+        mine, theirs = (self.backbone_hidden_size, self.vocab_size), (target.hidden_size, target.vocab_size)
+        if mine != theirs:
+            raise ArtifactError(
+                f"manifest.json: the drafter is for (hidden size, vocabulary) {mine}, the model has {theirs}; "
+                "export them together"
+            )
+        for index, layer in enumerate(self.layers):
+            owner = target.layers[layer.kv_source] if 0 <= layer.kv_source < len(target.layers) else None
+            same = owner and (owner.head_dim, owner.num_kv_heads, owner.kind) == (
+                layer.head_dim,
+                layer.num_kv_heads,
+                layer.kind,
+            )
+            if not owner or not same or owner.kv_source != layer.kv_source:
+                raise ArtifactError(
+                    f"manifest.json: drafter layer {index} cannot read layer {layer.kv_source}'s KV; re-export"
+                )
