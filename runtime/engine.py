@@ -155,12 +155,32 @@ class Runtime:
         run = GenerationRun(self, request, np.random.default_rng(seed), loaded.tokenizer, eos_ids, stop)
         return GenerationStream(run)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        num_draft_tokens: int | None = None,
+    ) -> Generation:
         """Renders messages ({"role", "content"}) with the checkpoint's chat template and generates the answer.
 
-        Takes the options of `generate`.
+        Options are those of `generate`. To stream an answer: `runtime.stream(runtime.chat_prompt(messages))`.
         """
-        return self.generate(self.chat_prompt(messages), **options)
+        return self.generate(
+            self.chat_prompt(messages),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            num_draft_tokens=num_draft_tokens,
+        )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the model's turn begins."""

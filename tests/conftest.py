@@ -1,0 +1,78 @@
+"""Tiny checkpoints, the artifacts made of them, and models opened on those; made once a session, when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from profiles import DeviceProfile
+from quant.recipe import make_recipe
+from tests.models import ONE_THREAD, TinyModels, open_models
+
+if TYPE_CHECKING:
+    from tests.checkpoints import TinyCheckpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what the runtime remembers of artifacts out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> DeviceProfile:
+    """A profile of one thread and small sizes."""
+    return ONE_THREAD
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyCheckpoint]:
+    """tiny_checkpoint(shape): folders of a target and its assistant; `checkpoints.SHAPES` has the shapes' names."""
+    from tests import checkpoints  # only here, as it imports torch
+
+    checkpoints.torch.set_num_threads(1)
+    tokenizer = checkpoints.make_tokenizer()
+
+    @cache
+    def make(shape: str) -> TinyCheckpoint:
+        return checkpoints.save_pair(checkpoints.SHAPES[shape], tokenizer, tmp_path_factory.mktemp(shape))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(
+    tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """tiny_artifact(shape, bits=32, activations="int8"): the folder of an artifact with drafter, for reading only."""
+    from export.pipeline import export_artifact, open_source
+
+    @cache
+    def make(shape: str, bits: int = 32, activations: str = "int8") -> Path:
+        pair = tiny_checkpoint(shape)
+        folder = tmp_path_factory.mktemp(f"{shape}-{bits}") / "artifact"
+        recipe = make_recipe(bits, activations=activations)  # type: ignore[arg-type]
+        export_artifact(open_source(pair.target, pair.assistant), folder, recipe, show_progress=False)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def open_tiny(tiny_artifact: Callable[..., Path]) -> Iterator[Callable[..., TinyModels]]:
+    """open_tiny(shape, bits=32, activations="int8", *, max_tokens=512, max_new_tokens=128): opened, cache empty."""
+    opened: list[TinyModels] = []
+
+    def open_one(*artifact: object, **cache_sizes: int) -> TinyModels:
+        opened.append(open_models(tiny_artifact(*artifact), **cache_sizes))
+        return opened[-1]
+
+    yield open_one
+    for models in opened:
+        models.close()

@@ -1,0 +1,73 @@
+"""Quantized artifacts compute what transformers computes with the same quantized weights, in float32 arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
+
+from quant.blockwise import BlockFormat, quantize_rows
+from runtime.tables import dequantize_rows
+
+PLE_PROJECTIONS = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+PROMPT = [2, 17, 300, 301, 5, 77, 130, 444, 9, 12, 13, 14, 200, 201, 202, 203, 3, 4, 8, 11, 100, 101]
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, bits: int, block_size: int = 32) -> None:
+    """Replaces each matrix by what its quantized form stands for, as the recipe of `bits` has it."""
+    for name, weight in model.named_parameters():
+        if weight.ndim != 2:
+            continue
+        used = 8 if any(part in name for part in PLE_PROJECTIONS) else bits
+        scale_type = np.float16 if "embed_tokens_per_layer" in name else np.float32
+        codes, scales = quantize_rows(weight.numpy(), BlockFormat(weight.shape[1], used, block_size), scale_type)
+        weight.copy_(torch.from_numpy(dequantize_rows(codes, scales, weight.shape[1], used)))
+
+
+@pytest.mark.parametrize("shape", ["wide", "irregular"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_target_logits(tiny_checkpoint, open_tiny, shape, bits):
+    reference = Gemma4ForCausalLM.from_pretrained(tiny_checkpoint(shape).target, dtype=torch.float32).eval()
+    before = reference(torch.tensor([PROMPT])).logits[0].detach().numpy()
+    round_weights(reference, bits)
+    expected = reference(torch.tensor([PROMPT])).logits[0].detach().numpy()
+    found = open_tiny(shape, bits, "float32").target.forward(PROMPT, num_kept=len(PROMPT)).logits
+    # both in float32 on an ill-conditioned random net: rounding alone moves logits by some 1e-4 of their spread
+    assert np.abs(found - expected).max() <= 1e-3 * np.ptp(expected)
+    assert np.abs(found - before).max() > 1e-2 * np.ptp(expected), "quantization must be visible for this to mean much"
+
+
+@pytest.mark.parametrize("shape", ["wide", "irregular"])
+def test_drafter_candidates(tiny_checkpoint, open_tiny, shape):
+    models = open_tiny(shape, 4, "float32")
+    reference = Gemma4AssistantForCausalLM.from_pretrained(tiny_checkpoint(shape).assistant, dtype=torch.float32).eval()
+    round_weights(reference, bits=8)  # a drafter never has fewer
+    models.target.forward(PROMPT, num_kept=1)
+    state = np.random.default_rng(0).standard_normal(models.manifest.model.hidden_size).astype(np.float32)
+    binding = models.drafter._bind()
+    models.drafter._state[0] = state
+    embedding = models.target.token_table.rows([7])[0]
+    models.drafter._input[0] = np.concatenate([embedding, state])
+    binding.run(models.target.run_options)
+
+    arrays = {name: (kind, array) for kind, name, array in models.target.cache.arrays()}
+    shared = {}
+    for layer in models.manifest.drafter.layers:
+        span = models.target.cache.draft_span(layer.kind)
+        parts = [
+            np.stack([arrays[f"{part}_{layer.kv_source}_{head}"][1][span.start : span.stop] for head in range(heads)])
+            for part in ("keys", "values")
+            for heads in [layer.num_kv_heads]
+        ]
+        shared[f"{layer.kind}_attention"] = tuple(torch.from_numpy(part)[None] for part in parts)
+    with torch.no_grad():
+        expected = reference(
+            inputs_embeds=torch.from_numpy(models.drafter._input)[None],
+            position_ids=torch.tensor([[len(PROMPT)]]),
+            shared_kv_states=shared,
+        )
+    ids = models.drafter._ids if models.drafter._ids is not None else np.arange(models.manifest.model.vocab_size)
+    expected_logits = expected.logits[0, 0].numpy()[ids]
+    assert np.abs(models.drafter._logits - expected_logits).max() <= 1e-4 * np.ptp(expected_logits)
+    expected_state = expected.last_hidden_state[0].numpy()
+    assert np.abs(models.drafter._state - expected_state).max() <= 1e-4 * np.ptp(expected_state)
