@@ -1,12 +1,14 @@
 """Reads a Hugging Face checkpoint folder: JSON files and safetensors, a chunk of rows at a time.
 
-Refuses pickles. Never holds more than one chunk of one tensor.
+Refuses pickles. Never holds more than one chunk of one tensor: files are mapped anew for each chunk, so that pages
+which were read do not add up in this process's resident memory.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from export.errors import CheckpointError
 
 CHUNK_WEIGHTS = 1 << 23  # 32 MiB as float32
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+INDEX = "model.safetensors.index.json"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+INDEX_TYPES = {"I64", "I32"}
 
 Float32 = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -39,10 +43,7 @@ class Checkpoint:
         self.folder = folder
         self.config = self.read_json("config.json")
         self.weight_files = self._find_weight_files()
-        self._shard_of: dict[str, Any] = {}
-        for file in self.weight_files:
-            shard = _open_shard(file)
-            self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+        self._tensors = {name: entry for file in self.weight_files for name, entry in _read_header(file)}
         self._check_index()
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -68,73 +69,82 @@ class Checkpoint:
         return {file.name: _sha256(file) for file in files}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._tensors
 
     def names(self) -> list[str]:
         """Every tensor's name."""
-        return list(self._shard_of)
+        return list(self._tensors)
 
     def num_elements(self, name: str) -> int:
         """Elements of a tensor of any type."""
-        return math.prod(self._slice(name).get_shape())
+        return math.prod(self._entry(name).shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; CheckpointError where the checkpoint lacks it or stores it as no plain float."""
-        tensor = self._slice(name)
-        if (dtype := tensor.get_dtype()) not in FLOAT_TYPES:
+        entry = self._entry(name)
+        if entry.dtype not in FLOAT_TYPES:
             raise CheckpointError(
-                f"{self.folder}: {name} is stored as {dtype}, expected one of {', '.join(sorted(FLOAT_TYPES))}; "
+                f"{self.folder}: {name} is stored as {entry.dtype}, expected one of {', '.join(sorted(FLOAT_TYPES))}; "
                 "quantized checkpoints cannot be exported, use the unquantized one"
             )
-        return tuple(tensor.get_shape())
+        return entry.shape
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Float32]:
         """Rows [start, stop) of a matrix as float32 chunks [num_rows, width]; CheckpointError on NaN or infinity."""
-        tensor = self._slice(name)
-        width = self.shape(name)[-1]
-        step = max(1, CHUNK_WEIGHTS // width)
+        step = max(1, CHUNK_WEIGHTS // self.shape(name)[-1])
         for first in range(start, stop, step):
-            chunk: Float32 = tensor[first : min(first + step, stop)].to(torch.float32).numpy()
-            self._check_finite(name, chunk)
-            yield chunk
+            yield self._floats(name, self._read(name, first, min(first + step, stop)))
 
     def rows_in_order(self, name: str, order: Indices) -> Iterator[Float32]:
         """Rows of a matrix in an order of their own, as `rows`; holds the tensor once, in the checkpoint's type."""
-        tensor = self._slice(name)[:]
         step = max(1, CHUNK_WEIGHTS // self.shape(name)[-1])
+        tensor = self._read(name, 0, len(order))
         for first in range(0, len(order), step):
-            chunk: Float32 = tensor[torch.from_numpy(order[first : first + step])].to(torch.float32).numpy()
-            self._check_finite(name, chunk)
-            yield chunk
+            yield self._floats(name, tensor[torch.from_numpy(order[first : first + step])])
 
     def vector(self, name: str, size: int) -> Float32:
         """A one-dimensional tensor [size] as float32."""
         if (shape := self.shape(name)) != (size,):
             raise CheckpointError(f"{self.folder}: {name} has shape {list(shape)}, expected [{size}] from config.json")
-        vector: Float32 = self._slice(name)[:].to(torch.float32).numpy()
-        self._check_finite(name, vector)
-        return vector
+        return self._floats(name, self._read(name, 0, size))
 
     def indices(self, name: str, size: int) -> Indices:
         """An integer tensor [size]."""
-        tensor = self._slice(name)
-        if tuple(tensor.get_shape()) != (size,):
-            raise CheckpointError(f"{self.folder}: {name} has shape {list(tensor.get_shape())}, expected [{size}]")
-        values: Indices = tensor[:].to(torch.int64).numpy()
+        entry = self._entry(name)
+        if entry.shape != (size,) or entry.dtype not in INDEX_TYPES:
+            raise CheckpointError(
+                f"{self.folder}: {name} is {entry.dtype} {list(entry.shape)}, expected integers [{size}]"
+            )
+        values: Indices = self._read(name, 0, size).to(torch.int64).numpy()
         return values
 
-    def _slice(self, name: str) -> Any:
-        if name not in self._shard_of:
+    def _entry(self, name: str) -> "_Entry":
+        if name not in self._tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing from the safetensors files")
-        return self._shard_of[name].get_slice(name)
+        return self._tensors[name]
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        with _open_shard(self._entry(name).file) as shard:
+            tensor: torch.Tensor = shard.get_slice(name)[start:stop].clone()
+        return tensor
+
+    def _floats(self, name: str, tensor: torch.Tensor) -> Float32:
+        values: Float32 = tensor.to(torch.float32).numpy()
+        self._check_finite(name, values)
+        return values
 
     def _check_finite(self, name: str, values: Float32) -> None:
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.folder}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
 
     def _find_weight_files(self) -> list[Path]:
-        files = sorted(self.folder.glob("*.safetensors"))
-        if files:
+        """The shards an index names, or model.safetensors, or whatever safetensors there are."""
+        whole, index = self.folder / "model.safetensors", self.optional_json(INDEX)
+        if index:
+            return self._shards(index)
+        if whole.is_file():
+            return [whole]
+        if files := sorted(self.folder.glob("*.safetensors")):
             return files
         pickles = sorted(file for pattern in PICKLES for file in self.folder.glob(pattern))
         if pickles:
@@ -144,14 +154,35 @@ class Checkpoint:
             )
         raise CheckpointError(f"{self.folder}: no *.safetensors files")
 
+    def _shards(self, index: dict[str, Any]) -> list[Path]:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{self.folder / INDEX}: weight_map is no object of tensor and file names")
+        files = [self.folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
+        if missing := [file for file in files if not file.is_file()]:
+            raise CheckpointError(f"{missing[0]}: the shard is missing; download the checkpoint again")
+        return files
+
     def _check_index(self) -> None:
-        """Every tensor and shard that the index names must be there."""
-        index = self.optional_json("model.safetensors.index.json").get("weight_map", {})
-        present = {file.name for file in self.weight_files}
-        if missing := sorted(set(index.values()) - present):
-            raise CheckpointError(f"{self.folder}: shard {missing[0]} is missing; download the checkpoint again")
-        if absent := sorted(set(index) - set(self._shard_of)):
-            raise CheckpointError(f"{self.folder}: model.safetensors.index.json names {absent[0]}, but no shard has it")
+        """Every tensor that the index names must be in a shard."""
+        named = self.optional_json(INDEX).get("weight_map", {})
+        if absent := sorted(set(named) - set(self._tensors)):
+            raise CheckpointError(f"{self.folder / INDEX}: names {absent[0]}, but no shard has it")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _read_header(file: Path) -> list[tuple[str, _Entry]]:
+    with _open_shard(file) as shard:
+        slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 - not a dict
+        return [(name, _Entry(file, tuple(part.get_shape()), part.get_dtype())) for name, part in slices]
 
 
 def _open_shard(file: Path) -> Any:

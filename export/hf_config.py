@@ -25,6 +25,7 @@ UNSUPPORTED = {  # field -> the only value of E2B and E4B
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
+PER_LAYER = {"head_dim", "num_key_value_heads"}  # fields that single layers may have of their own
 
 
 def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -49,7 +50,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         layers=layers,
         ple_size=ple_size,
         context_tokens=text.integer("max_position_embeddings", 131_072),
-        logit_softcap=text.optional("final_logit_softcapping", None),
+        logit_softcap=text.number_or_none("final_logit_softcapping"),
         bos_token_id=text.integer("bos_token_id", 2, least=0),
         eos_token_ids=text.token_ids("eos_token_id", (1,)),
     )
@@ -138,6 +139,15 @@ class _Fields:
             raise CheckpointError(f"{self.where}: {name} is {value!r}, expected a number above 0")
         return float(value)
 
+    def number_or_none(self, name: str) -> float | None:
+        return None if self.values.get(name) is None else self.number(name, 0)
+
+    def object(self, name: str) -> "_Fields":
+        value = self.values.get(name)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected an object")
+        return _Fields(value, f"{self.where}: {name}")
+
     def token_ids(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self.values.get(name, default)
         ids = [value] if type(value) is int else value
@@ -162,18 +172,23 @@ class _Fields:
         }
 
     def rope(self) -> dict[str, RopeConfig]:
-        parameters = self.optional("rope_parameters", None) or DEFAULT_ROPE
-        return {KINDS[kind]: self._rope(kind, parameters.get(kind, default)) for kind, default in DEFAULT_ROPE.items()}
+        if self.optional("rope_parameters", None) is None:
+            given = _Fields(DEFAULT_ROPE, f"{self.where}: rope_parameters")
+        else:
+            given = self.object("rope_parameters")
+        return {kind: given.object(name).rope_of_one_kind(DEFAULT_ROPE[name]) for name, kind in KINDS.items()}
 
-    def _rope(self, kind: str, rope: Mapping[str, Any]) -> RopeConfig:
-        rope_type = rope.get("rope_type", "default")
-        if rope_type not in ("default", "proportional") or rope.get("factor", 1.0) != 1.0:
-            raise CheckpointError(f"{self.where}: rope_parameters.{kind} of type {rope_type!r} cannot be exported")
-        fields = _Fields(rope, f"{self.where}: rope_parameters.{kind}")
-        rotated = fields.number("partial_rotary_factor", 1.0) if rope_type == "proportional" else 1.0
+    def rope_of_one_kind(self, default: Mapping[str, Any]) -> RopeConfig:
+        rope_type, factor = self.optional("rope_type", "default"), self.optional("factor", 1.0)
+        if rope_type not in ("default", "proportional") or factor != 1:
+            raise CheckpointError(
+                f"{self.where}: rope_type is {rope_type!r} with factor {factor!r}, expected default or proportional "
+                "with factor 1"
+            )
+        rotated = self.number("partial_rotary_factor", 1.0) if rope_type == "proportional" else 1.0
         if rotated > 1:
-            raise CheckpointError(f"{fields.where}: partial_rotary_factor is {rotated}, expected at most 1")
-        return RopeConfig(theta=fields.number("rope_theta", DEFAULT_ROPE[kind]["rope_theta"]), rotated_fraction=rotated)
+            raise CheckpointError(f"{self.where}: partial_rotary_factor is {rotated}, expected at most 1")
+        return RopeConfig(theta=self.number("rope_theta", default["rope_theta"]), rotated_fraction=rotated)
 
     def layers(self, num_shared: int) -> tuple[LayerConfig, ...]:
         """Every layer's shape; the last `num_shared` read the KV of the last owner of their kind."""
@@ -183,6 +198,7 @@ class _Fields:
             raise CheckpointError(
                 f"{self.where}: num_kv_shared_layers {num_shared} leaves none of {len(kinds)} with KV"
             )
+        per_layer = self.per_layer(kinds)
         width = self.integer("intermediate_size", 9216)
         double = 2 if self.optional("use_double_wide_mlp", False) else 1
         owners: dict[AttentionKind, int] = {}
@@ -192,9 +208,15 @@ class _Fields:
                 owners[kind] = index
             if kind not in owners:
                 raise CheckpointError(f"{self.where}: layer {index} shares {kind} KV, but no earlier layer owns any")
-            head_dim, num_kv_heads = self.attention_sizes(index, kind)
+            head_dim, num_kv_heads = self.attention_sizes(index, per_layer.get(index, self))
             layer_width = width * (double if index >= first_shared else 1)
             layers.append(LayerConfig(kind, head_dim, num_kv_heads, layer_width, owners[kind]))
+            first = next(layer for layer in layers if layer.kind == kind)
+            if (head_dim, num_kv_heads) != (first.head_dim, first.num_kv_heads):
+                raise CheckpointError(
+                    f"{self.where}: layer {index} has head_dim {head_dim} and {num_kv_heads} KV heads, the first {kind} "
+                    f"layer {first.head_dim} and {first.num_kv_heads}; layers of one kind must agree"
+                )
         return tuple(layers)
 
     def layer_kinds(self) -> list[AttentionKind]:
@@ -208,17 +230,27 @@ class _Fields:
             raise CheckpointError(f"{self.where}: layer_types has {unknown[0]!r}, expected one of {', '.join(KINDS)}")
         return [*(KINDS[name] for name in names[:-1]), "full"]  # transformers forces the last layer to full attention
 
-    def attention_sizes(self, index: int, kind: AttentionKind) -> tuple[int, int]:
-        """(head_dim, number of KV heads) of one layer, from either configuration shape."""
-        head_dim = self.integer("head_dim", 256)
-        num_kv_heads = self.integer("num_key_value_heads", 4)
-        per_layer = self.optional("per_layer_config", None)
-        if isinstance(per_layer, dict):
-            layer = _Fields(per_layer.get(str(index)) or {}, f"{self.where}: per_layer_config.{index}")
-            head_dim = layer.integer("head_dim", head_dim)
-            num_kv_heads = layer.integer("num_key_value_heads", num_kv_heads)
-        elif kind == "full":
-            head_dim = self.integer("global_head_dim", 512)
+    def per_layer(self, kinds: Sequence[AttentionKind]) -> dict[int, "_Fields"]:
+        """What single layers have of their own, by index."""
+        if "per_layer_config" not in self.values:
+            full = _Fields({"head_dim": self.integer("global_head_dim", 512)}, self.where)
+            return {index: full for index, kind in enumerate(kinds) if kind == "full"}
+        # transformers reads null as no layer, and writes "05" beside "11"
+        given = self.object("per_layer_config") if self.values["per_layer_config"] is not None else _Fields({}, "")
+        layers = {}
+        for key in given.values:
+            fields = given.object(key)
+            if not key.isdecimal() or int(key) >= len(kinds):
+                raise CheckpointError(f"{fields.where}: no such layer, there are {len(kinds)}")
+            if unknown := sorted(fields.values.keys() - PER_LAYER):
+                raise CheckpointError(f"{fields.where}: {unknown[0]} of a single layer cannot be exported")
+            layers[int(key)] = fields
+        return layers
+
+    def attention_sizes(self, index: int, layer: "_Fields") -> tuple[int, int]:
+        """(head_dim, number of KV heads) of one layer: its own fields, or else the stack's."""
+        head_dim = layer.integer("head_dim", self.integer("head_dim", 256))
+        num_kv_heads = layer.integer("num_key_value_heads", self.integer("num_key_value_heads", 4))
         num_heads = self.integer("num_attention_heads", 8)
         if head_dim % 2 or num_heads % num_kv_heads:
             raise CheckpointError(

@@ -20,8 +20,8 @@ from export.demo.train_drafter import train_drafter
 from export.demo.train_target import VOCAB_SIZE, bits_per_byte, token_stream, train_target
 
 TARGET_STEPS = 3600
-DRAFTER_STEPS = 1500
-NUM_OWN_ROWS = 1536
+DRAFTER_STEPS = 800
+NUM_OWN_ROWS = 768
 NUM_PROMPTS = 24
 NUM_FIRST_ROUNDS = 240
 FIRST_ROUND_TOKENS = 5  # the prefill's token, three drafts, and the one that every verify step adds

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from export.demo.clusters import balanced_clusters
-from export.demo.train_target import optimizers, schedule, windows
+from export.demo.train_target import CONTEXT_TOKENS, learning_rate_factor, optimizers, windows
 
 HIDDEN_SIZE = 96
 NUM_CENTROIDS = 64
@@ -26,6 +26,7 @@ TOP_CENTROIDS = 8
 STEP_WEIGHTS = (1.0, 0.8, 0.6)  # a later draft counts only where the ones before it were accepted
 HARD_LABEL_WEIGHT = 0.3
 CENTROID_WEIGHT = 0.5
+LONG_EVERY = 20  # steps; the one full layer must also meet distant rows, which cost four times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,10 @@ def train_drafter(
     rng = np.random.default_rng(seed)
     chain = optimizers(drafter)
     base_rates = [opt.param_groups[0]["lr"] for opt in chain]
-    bar: Any = tqdm(schedule(num_steps), total=num_steps, desc="drafter", mininterval=5)
-    for batch_size, num_tokens, factor in bar:
+    bar: Any = tqdm(range(num_steps), desc="drafter", mininterval=5)
+    for step in bar:
+        batch_size, num_tokens = (2, CONTEXT_TOKENS) if step % LONG_EVERY == LONG_EVERY - 1 else (8, 256)
+        factor = learning_rate_factor(step, num_steps)
         rows = mixed_rows(stream, own_rows, batch_size, num_tokens, rng)
         loss, agreement = burst_loss(drafter, read_target(target, rows))
         loss.backward()  # type: ignore[no-untyped-call]
