@@ -151,6 +151,11 @@ def write_tensor(file, name: str, shape: tuple[int, ...], pool: np.ndarray) -> N
         left -= min(left, POOL)
 
 
+def write_e2b(folder: Path) -> None:
+    """An E2B target (9.3 GB) and its assistant under `folder`."""
+    write_checkpoint(folder / "target", E2B, target_shapes(E2B))
+    write_checkpoint(folder / "assistant", ASSISTANT, drafter_shapes(ASSISTANT))
+
+
 if __name__ == "__main__":
-    write_checkpoint(Path(sys.argv[1]) / "target", E2B, target_shapes(E2B))
-    write_checkpoint(Path(sys.argv[1]) / "assistant", ASSISTANT, drafter_shapes(ASSISTANT))
+    write_e2b(Path(sys.argv[1]))
