@@ -137,7 +137,8 @@ class Runtime:
     ) -> GenerationStream:
         """As `generate`, but yields pieces of text as they become certain; its `generation` holds the result.
 
-        The stream is the runtime's one generation from its first piece until it ends, is closed or is dropped.
+        The stream is the runtime's one generation from its first piece until it ends, is closed or dropped, or the
+        same thread begins another one, which cancels it. Other threads get BusyError meanwhile.
         """
         loaded = self._open_or_raise()
         prompt_ids = self._prompt_ids(loaded, prompt)
@@ -204,6 +205,8 @@ class Runtime:
 
     def close(self) -> None:
         """Ends a generation in progress and frees everything; a second call does nothing."""
+        if os.getpid() != self._process:  # after a fork the locks may never be released
+            return
         self.cancel()
         with self._step_lock:
             loaded, self._loaded = self._loaded, None
@@ -221,10 +224,16 @@ class Runtime:
     # for streams
 
     def claim(self, run: GenerationRun) -> tuple[TargetModel, DrafterModel | None]:
-        """Makes a generation the one in progress, on an empty cache; BusyError while another one is."""
+        """Makes a generation the one in progress, on an empty cache; an abandoned one before it ends as cancelled.
+
+        Raises:
+            BusyError: another thread's generation is in progress.
+        """
         with self._claim_lock:
-            if self._current is not None and self._current.generation is None:
-                raise BusyError("another generation is in progress; wait for it, or close its stream or cancel() it")
+            if self._current is not None:
+                if self._current.is_in_use:
+                    raise BusyError("another thread's generation is in progress; wait for it or cancel() it")
+                self._current.cancel()
             loaded = self._open_or_raise()
             self._current = run
         loaded.target.cache.clear()

@@ -115,6 +115,19 @@ class GenerationRun:
         self._token_ids: list[int] = []
         self._emitted: list[str] = []
         self._reason: FinishReason | None = None
+        self._thread = threading.current_thread()  # the last one that asked for a piece
+        self._is_stepping = False
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a thread other than this one still draws on it.
+
+        A stream that this thread left unfinished, or that was cancelled, or whose thread has ended, is abandoned.
+        """
+        if self.generation is not None:
+            return False
+        is_elsewhere = self._thread is not threading.current_thread() and self._thread.is_alive()
+        return self._is_stepping or (is_elsewhere and not self._cancelled.is_set())
 
     def cancel(self) -> None:
         """Ends the generation at its next check, or within the forward that is running."""
@@ -148,12 +161,15 @@ class GenerationRun:
         """The next step's tokens; None where the generation was cancelled."""
         if self._cancelled.is_set():
             return None
+        self._thread, self._is_stepping = threading.current_thread(), True
         try:
             return next(blocks, None)
         except InferenceError:
             if self._cancelled.is_set():  # a terminated run fails
                 return None
             raise
+        finally:
+            self._is_stepping = False
 
     def _take(self, block: list[int]) -> str:
         """Accepts a step's tokens up to where the generation ends; returns the text that is now certain."""
