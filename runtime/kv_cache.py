@@ -51,6 +51,7 @@ class KVCache:
         """
         self.max_tokens = max_tokens
         self.num_tokens = 0
+        self._num_trimmable = 0  # rows of earlier appends may be gone from the sliding arrays
         # the drafter sees one row more than the window
         self._kept_tokens = model.sliding_window + 1
         self._kinds: dict[AttentionKind, _Kind] = {
@@ -84,15 +85,17 @@ class KVCache:
     def append(self, num_new: int) -> None:
         """Declares the rows behind the last token as valid."""
         self.num_tokens += num_new
+        self._num_trimmable = num_new
 
     def trim(self, num_tokens: int) -> None:
         """Forgets the last `num_tokens` tokens; at most those of the last append."""
-        assert 0 <= num_tokens <= self.num_tokens - self._kinds["sliding"].first_position
+        assert 0 <= num_tokens <= self._num_trimmable
         self.num_tokens -= num_tokens
+        self._num_trimmable -= num_tokens
 
     def clear(self) -> None:
         """Forgets every token and keeps the memory."""
-        self.num_tokens = 0
+        self.num_tokens = self._num_trimmable = 0
         for kind in self._kinds.values():
             kind.first_position = 0
 
