@@ -55,9 +55,7 @@ def test_acceptance_is_at_least_that_of_transformers(demo_artifact, prompts):
         theirs = measure_acceptance(target, drafter, ids, NUM_DRAFT_TOKENS, MAX_TOKENS, do_sample=False).rate
         ours = acceptance(runtime, prompts, temperature=0.0)
     assert theirs >= 0.5
-    # the texts are the same; transformers lets the drafter see stale KV rows after a rejection, we do not, so single
-    # drafts differ: over some 400 drafts the standard error of the difference is below 1.5 points
-    assert ours >= theirs - 0.015
+    assert ours >= theirs  # transformers lets the drafter see stale KV rows after a rejection, we do not
 
 
 def test_acceptance_when_sampling(demo_artifact, prompts):

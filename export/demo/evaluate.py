@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
+MODES = {  # do_sample, is_lossless
+    "greedy": (False, False),
+    "sampled": (True, False),
+    "sampled, lossless rule": (True, True),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -55,6 +61,13 @@ class Acceptance:
     def mean_acceptance_length(self) -> float:
         """Tokens a verify step yields: 1 + accepted / verify steps."""
         return 1 + self.accepted / max(1, len(self.rounds))
+
+    def __str__(self) -> str:
+        places = " / ".join(f"{rate:.2f}" for rate in self.rate_by_position)
+        return (
+            f"{self.accepted:,} of {self.drafted:,} = {self.rate:.1%}, by position {places}, "
+            f"{self.mean_acceptance_length:.2f} tokens a verify step"
+        )
 
     def first_rounds(self) -> "Acceptance":
         """Only the round after each prompt, where the text before the burst is not the target's own."""
@@ -145,26 +158,17 @@ def measure_acceptance(
     return Acceptance(tuple(r for g in generators for r in g.rounds))
 
 
-def acceptance_report(
+def measure_modes(
     target: Gemma4ForCausalLM,
     drafter: Gemma4AssistantForCausalLM,
     prompts: Sequence[Sequence[int]],
+    num_draft_tokens: int,
     max_new_tokens: int,
-    num_draft_tokens: int = 3,
-) -> list[str]:
-    """Lines with the greedy, the sampled and the losslessly sampled acceptance."""
-    lines = []
-    for name, do_sample, is_lossless in (
-        ("greedy", False, False),
-        ("sampled", True, False),
-        ("sampled, lossless rule", True, True),
-    ):
-        found = measure_acceptance(
+) -> dict[str, Acceptance]:
+    """Acceptance by the name of the mode in MODES."""
+    return {
+        name: measure_acceptance(
             target, drafter, prompts, num_draft_tokens, max_new_tokens, do_sample, is_lossless=is_lossless
         )
-        places = " / ".join(f"{rate:.2f}" for rate in found.rate_by_position)
-        lines.append(
-            f"{name}: {found.accepted:,} of {found.drafted:,} = {found.rate:.1%}, by position {places}, "
-            f"{found.mean_acceptance_length:.2f} tokens a verify step"
-        )
-    return lines
+        for name, (do_sample, is_lossless) in MODES.items()
+    }

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, Gemma4AssistantForCausalLM, Gemma4ForCau
 
 from export.demo import corpus
 from export.demo.continuations import continuations
-from export.demo.evaluate import acceptance_report
-from export.demo.prompts import held_out_prompts, load_prompts, save_prompts
-from export.demo.save import save_assistant, save_target
+from export.demo.evaluate import MODES, Acceptance, measure_modes
+from export.demo.prompts import Prompt, held_out_prompts, load_prompts, save_prompts
+from export.demo.save import NUM_DRAFT_TOKENS, save_assistant, save_target
 from export.demo.tokenizer import train_tokenizer
 from export.demo.train_drafter import train_drafter
 from export.demo.train_target import VOCAB_SIZE, bits_per_byte, token_stream, train_target
@@ -64,15 +64,22 @@ def report(out: Path) -> list[str]:
     """What the saved pair reaches on held-out text, one line a measurement."""
     target, drafter = load_target(out), load_drafter(out)
     tokenizer = AutoTokenizer.from_pretrained(out / "target")
+
+    def measured(prompts: list[Prompt], max_new_tokens: int) -> dict[str, Acceptance]:
+        ids = [tokenizer(p.text)["input_ids"] for p in prompts]
+        return measure_modes(target, drafter, ids, NUM_DRAFT_TOKENS, max_new_tokens)
+
     bits = bits_per_byte(target, tokenizer.backend_tokenizer, corpus.texts(held_out=True))
-    lines = [f"target: {bits:.3f} bits a byte on held-out files"]
     prompts = load_prompts(out / "held_out.json")
-    for kinds in (("code",), ("chat",), ("code", "chat")):
-        ids = [tokenizer(p.text)["input_ids"] for p in prompts if p.kind in kinds]
-        lines += [f"{'+'.join(kinds)}, {line}" for line in acceptance_report(target, drafter, ids, max_new_tokens=96)]
-    many = [tokenizer(p.text)["input_ids"] for p in held_out_prompts(NUM_FIRST_ROUNDS, SEED)]
-    first = acceptance_report(target, drafter, many, max_new_tokens=FIRST_ROUND_TOKENS)
-    return lines + [f"first round after {len(many)} real texts, {line}" for line in first]
+    code = measured([p for p in prompts if p.kind == "code"], 96)
+    chat = measured([p for p in prompts if p.kind == "chat"], 96)
+    first = measured(held_out_prompts(NUM_FIRST_ROUNDS, SEED), FIRST_ROUND_TOKENS)
+    lines = [f"target: {bits:.3f} bits a byte on held-out files"]
+    for mode in MODES:
+        both = Acceptance(code[mode].rounds + chat[mode].rounds)
+        lines += [f"{mode}: {both}", f"  code: {code[mode]}", f"  chat: {chat[mode]}"]
+        lines += [f"  first round after {NUM_FIRST_ROUNDS} real texts: {first[mode].first_rounds()}"]
+    return lines
 
 
 def main() -> None:
