@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from edge.command import run_command
+from edge.command import CommandParser, run_command
 from profiles import available_profiles
 from runtime.engine import Runtime
 from runtime.errors import RequestError
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="edge-generate", description="Generate text from an edge artifact.")
+    parser = CommandParser(prog="edge-generate", description="Generate text from an edge artifact.")
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder made by edge-export")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
@@ -55,12 +56,11 @@ def _generate(options: argparse.Namespace) -> None:
             num_draft_tokens=options.num_draft_tokens,
         )
         if options.json:
-            print(json.dumps(_as_json(stream.finish()), ensure_ascii=False))
+            print(json.dumps(_as_json(stream.finish())))
             return
         for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            print(piece, end="", flush=True)
+        print()
 
 
 def _prompt(runtime: Runtime, options: argparse.Namespace) -> str | list[int]:
@@ -71,7 +71,9 @@ def _prompt(runtime: Runtime, options: argparse.Namespace) -> str | list[int]:
     try:
         return [int(token) for token in options.prompt_ids.split(",")]
     except ValueError:
-        raise RequestError(f"--prompt-ids {options.prompt_ids!r}: expected integers separated by commas") from None
+        raise RequestError(
+            f"--prompt-ids {reprlib.repr(options.prompt_ids)}: expected integers separated by commas"
+        ) from None
 
 
 def _as_json(generation: Generation) -> dict[str, Any]:

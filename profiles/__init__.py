@@ -1,9 +1,18 @@
 """Device profiles: what a machine grants the runtime."""
 
-from profiles.device import DeviceProfile, ProfileError, available_profiles, budget_bytes, load_profile, parse_bytes
+from profiles.device import (
+    MAX_DRAFT_TOKENS,
+    DeviceProfile,
+    ProfileError,
+    available_profiles,
+    budget_bytes,
+    load_profile,
+    parse_bytes,
+)
 from profiles.limits import cgroup_limit_bytes
 
 __all__ = [
+    "MAX_DRAFT_TOKENS",
     "DeviceProfile",
     "ProfileError",
     "available_profiles",

@@ -34,11 +34,12 @@ _PROVIDERS = tuple(
         *("Dnnl", "VitisAI", "VSINPU", "Js", "Rknpu", "WebNN", "CANN", "Azure"),
     )
 )
+MAX_DRAFT_TOKENS = 16
 _RANGES = {
     "num_threads": (0, 1024),
     "context_tokens": (1, 2**24),
     "prefill_chunk_tokens": (1, 65_536),
-    "num_draft_tokens": (0, 64),
+    "num_draft_tokens": (0, MAX_DRAFT_TOKENS),
 }
 
 

@@ -129,7 +129,7 @@ def test_a_key_that_is_missing(tmp_path: Path, key: str) -> None:
         ({"context_tokens": "0"}, "context_tokens is 0, expected an integer of 1 to 16,777,216"),
         ({"context_tokens": "1e3"}, "context_tokens is 1000.0, expected an integer"),
         ({"prefill_chunk_tokens": "0"}, "prefill_chunk_tokens is 0, expected an integer of 1 to 65,536"),
-        ({"num_draft_tokens": "-1"}, "num_draft_tokens is -1, expected an integer of 0 to 64"),
+        ({"num_draft_tokens": "-1"}, "num_draft_tokens is -1, expected an integer of 0 to 16"),
         ({"description": "5"}, "description is 5, expected a string"),
         ({"providers": "[]"}, r"providers is \(\), expected a list of names"),
         ({"providers": '"CPUExecutionProvider"'}, "providers is 'CPUExecutionProvider', expected a list of names"),
