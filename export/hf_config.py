@@ -7,12 +7,17 @@ Both shapes are read: `global_head_dim` (before transformers 5.15) and `per_laye
 Source: transformers 5.22 `models/gemma4/configuration_gemma4.py`, `models/gemma4_assistant/`.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from export.errors import CheckpointError
-from runtime.model_config import AttentionKind, DrafterConfig, LayerConfig, ModelConfig, RopeConfig
+from runtime.errors import RequestError
+from runtime.model_config import MAX_SIZE, AttentionKind, DrafterConfig, LayerConfig, ModelConfig, RopeConfig
+from runtime.sampling import SamplingParams
 
+MAX_LAYERS = 1 << 10
+LARGEST_NUMBER = 1e300  # beyond, a JSON integer need not fit a float
 KINDS: dict[str, AttentionKind] = {"sliding_attention": "sliding", "full_attention": "full"}
 DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -51,8 +56,8 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         ple_size=ple_size,
         context_tokens=text.integer("max_position_embeddings", 131_072),
         logit_softcap=text.number_or_none("final_logit_softcapping"),
-        bos_token_id=text.integer("bos_token_id", 2, least=0),
-        eos_token_ids=text.token_ids("eos_token_id", (1,)),
+        bos_token_id=text.integer("bos_token_id", 2, least=0, below=vocab_size),
+        eos_token_ids=text.token_ids("eos_token_id", (1,), vocab_size),
     )
 
 
@@ -74,8 +79,12 @@ def drafter_config(config: Mapping[str, Any], target: ModelConfig, where: str) -
     vocab_size = text.integer("vocab_size", 262_144)
     if vocab_size != target.vocab_size:
         raise CheckpointError(f"{where}: the drafter's vocabulary is {vocab_size}, the target's {target.vocab_size}")
+    if (window := text.integer("sliding_window", 512)) != target.sliding_window:
+        raise CheckpointError(
+            f"{where}: the drafter's sliding_window is {window}, the target's {target.sliding_window}"
+        )
     layers = tuple(_reading_target(layer, target, where) for layer in text.layers(num_shared=0))
-    ordered = outer.optional("use_ordered_embeddings", False)
+    ordered = outer.boolean("use_ordered_embeddings", False)
     num_centroids = outer.integer("num_centroids", 2048) if ordered else 0
     if num_centroids and vocab_size % num_centroids:
         raise CheckpointError(f"{where}: vocab_size {vocab_size} is not a multiple of num_centroids {num_centroids}")
@@ -91,10 +100,31 @@ def drafter_config(config: Mapping[str, Any], target: ModelConfig, where: str) -
     )
 
 
+def generation_defaults(given: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
+    """Sampling defaults and every end-of-sequence id, from generation_config.json over config.json.
+
+    Raises:
+        CheckpointError: names `where` and the field that is of the wrong type or out of range.
+    """
+    fields = _Fields({name: value for name, value in given.items() if value is not None}, where)
+    sampling = {name: fields.values[name] for name in ("temperature", "top_k", "top_p") if name in fields.values}
+    params = SamplingParams(**sampling)
+    try:
+        params.check()
+    except RequestError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return {
+        "temperature": float(params.temperature) if fields.boolean("do_sample", True) else 0.0,
+        "top_k": params.top_k,
+        "top_p": float(params.top_p),
+        "eos_token_ids": sorted(set(fields.token_ids("eos_token_id", model.eos_token_ids, model.vocab_size))),
+    }
+
+
 def _text_config(config: Mapping[str, Any], where: str, expected: Sequence[str]) -> Mapping[str, Any]:
     kind = config.get("model_type")
     if kind not in expected:
-        raise CheckpointError(f"{where}: model_type is {kind!r}, expected {' or '.join(expected)}")
+        raise CheckpointError(f"{where}: model_type is {reprlib.repr(kind)}, expected {' or '.join(expected)}")
     text = config.get("text_config", config)
     if not isinstance(text, dict):
         raise CheckpointError(f"{where}: text_config is not an object")
@@ -127,16 +157,25 @@ class _Fields:
     def optional(self, name: str, default: Any) -> Any:
         return self.values.get(name, default)
 
-    def integer(self, name: str, default: int, *, least: int = 1) -> int:
+    def refused(self, name: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {name} is {reprlib.repr(self.values.get(name))}, expected {expected}")
+
+    def integer(self, name: str, default: int, *, least: int = 1, below: int = MAX_SIZE) -> int:
         value = self.values.get(name, default)
-        if type(value) is not int or not least <= value < 1 << 31:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected an integer >= {least}")
+        if type(value) is not int or not least <= value < below:
+            raise self.refused(name, f"an integer >= {least} and < {below:,}")
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.values.get(name, default)
+        if not isinstance(value, bool):
+            raise self.refused(name, "true or false")
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+            raise self.refused(name, "a number above 0")
         return float(value)
 
     def number_or_none(self, name: str) -> float | None:
@@ -145,20 +184,20 @@ class _Fields:
     def object(self, name: str) -> "_Fields":
         value = self.values.get(name)
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected an object")
-        return _Fields(value, f"{self.where}: {name}")
+            raise self.refused(name, "an object")
+        return _Fields(value, f"{self.where}: {name:.40}")
 
-    def token_ids(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    def token_ids(self, name: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
         value = self.values.get(name, default)
-        ids = [value] if type(value) is int else value
-        if not isinstance(ids, list | tuple) or not ids or any(type(token) is not int for token in ids):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected a token id or a list of them")
+        ids = value if isinstance(value, list | tuple) else [value]
+        if not ids or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            raise self.refused(name, f"a token id below {vocab_size:,} or a list of them")
         return tuple(ids)
 
     def refuse_unsupported(self) -> None:
         for name, only in UNSUPPORTED.items():
-            if (value := self.optional(name, only)) != only:
-                raise CheckpointError(f"{self.where}: {name} is {value!r}; Gemma 4 E-series models have {only!r}")
+            if self.optional(name, only) != only:
+                raise self.refused(name, f"{only!r} as in Gemma 4 E-series models")
 
     def stack(self, vocab_size: int) -> dict[str, Any]:
         """The fields target and drafter share."""
@@ -200,7 +239,7 @@ class _Fields:
             )
         per_layer = self.per_layer(kinds)
         width = self.integer("intermediate_size", 9216)
-        double = 2 if self.optional("use_double_wide_mlp", False) else 1
+        double = 2 if self.boolean("use_double_wide_mlp", False) else 1
         owners: dict[AttentionKind, int] = {}
         layers = []
         for index, kind in enumerate(kinds):
@@ -214,20 +253,25 @@ class _Fields:
             first = next(layer for layer in layers if layer.kind == kind)
             if (head_dim, num_kv_heads) != (first.head_dim, first.num_kv_heads):
                 raise CheckpointError(
-                    f"{self.where}: layer {index} has head_dim {head_dim} and {num_kv_heads} KV heads, the first {kind} "
-                    f"layer {first.head_dim} and {first.num_kv_heads}; layers of one kind must agree"
+                    f"{self.where}: layer {index} has head_dim {head_dim} and {num_kv_heads} KV heads, the first "
+                    f"{kind} layer {first.head_dim} and {first.num_kv_heads}; layers of one kind must agree"
                 )
         return tuple(layers)
 
     def layer_kinds(self) -> list[AttentionKind]:
-        num_layers = self.integer("num_hidden_layers", 30)
-        default = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(num_layers)]
-        names = self.optional("layer_types", None) or default
-        if not isinstance(names, list) or len(names) != num_layers:
-            found = len(names) if isinstance(names, list) else names
-            raise CheckpointError(f"{self.where}: layer_types has {found} entries, num_hidden_layers is {num_layers}")
-        if unknown := [name for name in names if name not in KINDS]:
-            raise CheckpointError(f"{self.where}: layer_types has {unknown[0]!r}, expected one of {', '.join(KINDS)}")
+        num_layers = self.integer("num_hidden_layers", 30, below=MAX_LAYERS)
+        names = self.optional("layer_types", None)
+        if names is None:
+            names = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(num_layers)]
+        if not isinstance(names, list):
+            raise self.refused("layer_types", f"a list of {num_layers} names")
+        if len(names) != num_layers:
+            raise CheckpointError(
+                f"{self.where}: layer_types has {len(names)} entries, num_hidden_layers is {num_layers}"
+            )
+        if unknown := [name for name in names if name not in tuple(KINDS)]:
+            found = reprlib.repr(unknown[0])
+            raise CheckpointError(f"{self.where}: layer_types has {found}, expected one of {', '.join(KINDS)}")
         return [*(KINDS[name] for name in names[:-1]), "full"]  # transformers forces the last layer to full attention
 
     def per_layer(self, kinds: Sequence[AttentionKind]) -> dict[int, "_Fields"]:
@@ -240,10 +284,10 @@ class _Fields:
         layers = {}
         for key in given.values:
             fields = given.object(key)
-            if not key.isdecimal() or int(key) >= len(kinds):
+            if not key.isdecimal() or len(key) > 9 or int(key) >= len(kinds):
                 raise CheckpointError(f"{fields.where}: no such layer, there are {len(kinds)}")
             if unknown := sorted(fields.values.keys() - PER_LAYER):
-                raise CheckpointError(f"{fields.where}: {unknown[0]} of a single layer cannot be exported")
+                raise CheckpointError(f"{fields.where}: {unknown[0]:.40} of a single layer cannot be exported")
             layers[int(key)] = fields
         return layers
 

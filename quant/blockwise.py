@@ -45,8 +45,8 @@ def quantize_rows(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
     """Rounds each weight to the nearest code of its block.
 
-    The scale is rounded to `scale_type` first, so |w - dequantized| <= |scale| / 2, and <= |scale| for a weight at the
-    clipped end (the largest magnitude, with the other sign).
+    |w - dequantized| <= |scale| / 2, and <= |scale| for a weight at the clipped end (near the largest magnitude, with
+    the other sign).
 
     Args:
         weights: [num_rows, width]
@@ -68,10 +68,13 @@ def quantize_rows(
 
 
 def _scales(blocks: Float32, bits: int, scale_type: npt.DTypeLike) -> npt.NDArray[np.floating]:
-    """One scale a block; 1 where a block is all zeros or too small for the scale's type."""
+    """One scale a block, rounded away from zero so that none is too small for its block; 1 where all weights are 0."""
     lowest, highest = blocks.min(-1), blocks.max(-1)
-    extreme = np.where(-lowest >= highest, lowest, highest)
-    scales: npt.NDArray[np.floating] = (extreme / -(1 << (bits - 1))).astype(scale_type)
+    exact = np.where(-lowest >= highest, lowest, highest) / -(1 << (bits - 1))
+    with np.errstate(over="ignore"):  # infinite where a block is too large for the scale's type
+        scales: npt.NDArray[np.floating] = exact.astype(scale_type)
+        beyond = np.nextafter(scales, np.copysign(np.inf, exact).astype(scale_type))
+    scales = np.where(np.abs(scales) < np.abs(exact), beyond, scales)
     scales[scales == 0] = 1
     return scales
 

@@ -1,7 +1,7 @@
 """Rows of the token and PLE tables, read from mapped files.
 
 The files are mapped with random access advised, so that the kernel reads no neighbours ahead, and the mapping is
-dropped from this process once `RESIDENT_BYTES` of it may have been touched. The pages stay in the kernel's cache.
+dropped from this process before more than `RESIDENT_BYTES` of it may be resident. The pages stay in the kernel's cache.
 """
 
 import mmap
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from runtime.manifest import TableSpec
 
 RESIDENT_BYTES = 64 << 20
-FAULT_BYTES = 64 << 10  # what Linux maps around one touched page
+FAULT_BYTES = 2 << 20  # what Linux maps around one touched page: a whole large folio of its cache, since 6.18
 
 Float32 = npt.NDArray[np.float32]
 
@@ -29,18 +29,19 @@ class RowTable:
         if hasattr(mmap, "MADV_RANDOM"):
             self._map.madvise(mmap.MADV_RANDOM)
         self._rows, self._scales = _map_arrays(self._map, spec)
+        # one touch for the row, one for its scales
+        self._touched_by_a_row = 2 * FAULT_BYTES + self._rows.strides[0]
         self._touched_bytes = 0
 
     def rows(self, token_ids: Sequence[int]) -> Float32:
         """Rows [num_tokens, width] of the given tokens, dequantized and multiplied."""
         index = np.asarray(token_ids, np.int64)
-        rows = self._rows[index]
-        if self._scales is None:
-            values = rows.astype(np.float32)
-        else:
-            values = dequantize_rows(rows, self._scales[index], self.spec.width, self.spec.bits)
+        values = np.empty((len(index), self.spec.width), np.float32)
+        step = max(1, RESIDENT_BYTES // self._touched_by_a_row)
+        for start in range(0, len(index), step):
+            self._make_room(len(index[start : start + step]))
+            values[start : start + step] = self._dequantized(index[start : start + step])
         values *= np.float32(self.spec.multiplier)
-        self._limit_residency(len(index))
         return values
 
     def close(self) -> None:
@@ -48,11 +49,19 @@ class RowTable:
         del self._rows, self._scales
         self._map.close()
 
-    def _limit_residency(self, num_rows: int) -> None:
-        self._touched_bytes += num_rows * (2 * FAULT_BYTES + self._rows.strides[0])
-        if self._touched_bytes > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+    def _dequantized(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        rows = self._rows[index]
+        if self._scales is None:
+            return rows.astype(np.float32)
+        return dequantize_rows(rows, self._scales[index], self.spec.width, self.spec.bits)
+
+    def _make_room(self, num_rows: int) -> None:
+        """Drops the mapping's pages where these rows could exceed the bound."""
+        needed = num_rows * self._touched_by_a_row
+        if self._touched_bytes + needed > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched_bytes = 0
+        self._touched_bytes += needed
 
 
 def _map_arrays(mapped: mmap.mmap, spec: TableSpec) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.floating] | None]:

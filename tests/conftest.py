@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,7 +15,10 @@ from quant.recipe import make_recipe
 from tests.models import ONE_THREAD, TinyModels, open_models
 
 if TYPE_CHECKING:
+    from edge import Runtime
     from tests.checkpoints import TinyCheckpoint
+    from tests.faulty import Pair
+    from tests.lasting import Load
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,3 +80,54 @@ def open_tiny(tiny_artifact: Callable[..., Path]) -> Iterator[Callable[..., Tiny
     yield open_one
     for models in opened:
         models.close()
+
+
+@pytest.fixture
+def pair(tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Pair:
+    """Copies of a small target and its assistant, to put faults into."""
+    from tests.faulty import copied_pair
+
+    return copied_pair(tiny_checkpoint("one_shared"), tmp_path, capfd)
+
+
+@pytest.fixture
+def load(tiny_artifact: Callable[..., Path]) -> Iterator[Load]:
+    """load(folder=None, **fields): a runtime of float weights, whose tokens do not depend on how many are drafted."""
+    from tests.lasting import PROFILE, open_runtime
+
+    loaded: list[Runtime] = []
+
+    def load_one(folder: Path | None = None, **fields: Any) -> Runtime:
+        loaded.append(open_runtime(folder or tiny_artifact("wide"), replace(PROFILE, **fields)))
+        return loaded[-1]
+
+    yield load_one
+    for runtime in loaded:
+        runtime.close()
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_artifact: Callable[..., Path]) -> list[int]:
+    """What a fresh runtime generates, one token a step."""
+    from tests.lasting import greedy, open_runtime
+
+    with open_runtime(tiny_artifact("wide")) as runtime:
+        return greedy(runtime, num_draft_tokens=0).token_ids
+
+
+@pytest.fixture(scope="session")
+def lasting(tiny_artifact: Callable[..., Path]) -> Iterator[Runtime]:
+    """What `runtime` gives to all tests."""
+    from tests.lasting import open_runtime
+
+    with open_runtime(tiny_artifact("wide")) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def runtime(lasting: Runtime, plain: list[int]) -> Iterator[Runtime]:
+    """One runtime for all tests: whatever a test did to it, it generates afterwards as a fresh one."""
+    from tests.lasting import greedy
+
+    yield lasting
+    assert greedy(lasting, max_tokens=8).token_ids == plain[:8]

@@ -269,3 +269,8 @@ def test_threads_have_a_budget_each(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert results == ["ok"] * 3
+
+
+def test_generation_tags_of_training_templates_are_passed_over() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "hello"}]) == "hello"

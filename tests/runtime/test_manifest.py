@@ -55,7 +55,7 @@ def make_artifact(folder: Path) -> Manifest:
         ple_table=PLE_TABLE,
         recipe={"matrices": {"bits": 4, "block_size": 32}, "activations": "int8"},
         sources={"target/model.safetensors": "ab" * 32},
-        generation={"temperature": 1.0, "top_k": 64},
+        generation={"temperature": 1.0, "top_k": 64, "top_p": 0.95, "eos_token_ids": [1, 3]},
         files={name: file_entry(folder / name) for name in SIZES},
         producer="gemma-edge 0.1.0",
     )
