@@ -46,17 +46,29 @@ class Checkpoint:
         self._tensors = {name: entry for file in self.weight_files for name, entry in _read_header(file)}
         self._check_index()
 
+    def read_text(self, name: str) -> str:
+        """A text file of the folder; CheckpointError where it is missing, no file or not UTF-8."""
+        file = self.folder / name
+        if not file.exists():
+            raise CheckpointError(f"{file}: missing; SOURCE must be a Hugging Face checkpoint folder")
+        if not file.is_file():  # a FIFO would never end
+            raise CheckpointError(f"{file}: not a regular file; put the file itself there")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 at byte {error.start:,}; download it again") from error
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object of the folder; CheckpointError where it is missing or is none."""
-        file = self.folder / name
+        text = self.read_text(name)
         try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: missing; SOURCE must be a Hugging Face checkpoint folder") from None
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+            raise CheckpointError(f"{self.folder / name}: not readable as JSON: {error}") from error
         if not isinstance(value, dict):
-            raise CheckpointError(f"{file}: holds a {type(value).__name__}, expected an object")
+            raise CheckpointError(f"{self.folder / name}: holds a {type(value).__name__}, expected an object")
         return value
 
     def optional_json(self, name: str) -> dict[str, Any]:
@@ -75,6 +87,10 @@ class Checkpoint:
         """Every tensor's name."""
         return list(self._tensors)
 
+    def place(self, name: str) -> str:
+        """A tensor's file and name, for messages."""
+        return f"{self._entry(name).file}: tensor {name}"
+
     def num_elements(self, name: str) -> int:
         """Elements of a tensor of any type."""
         return math.prod(self._entry(name).shape)
@@ -84,7 +100,7 @@ class Checkpoint:
         entry = self._entry(name)
         if entry.dtype not in FLOAT_TYPES:
             raise CheckpointError(
-                f"{self.folder}: {name} is stored as {entry.dtype}, expected one of {', '.join(sorted(FLOAT_TYPES))}; "
+                f"{self.place(name)} is stored as {entry.dtype}, expected one of {', '.join(sorted(FLOAT_TYPES))}; "
                 "quantized checkpoints cannot be exported, use the unquantized one"
             )
         return entry.shape
@@ -105,7 +121,7 @@ class Checkpoint:
     def vector(self, name: str, size: int) -> Float32:
         """A one-dimensional tensor [size] as float32."""
         if (shape := self.shape(name)) != (size,):
-            raise CheckpointError(f"{self.folder}: {name} has shape {list(shape)}, expected [{size}] from config.json")
+            raise CheckpointError(f"{self.place(name)} has shape {list(shape)}, expected [{size}] from config.json")
         return self._floats(name, self._read(name, 0, size))
 
     def indices(self, name: str, size: int) -> Indices:
@@ -113,7 +129,7 @@ class Checkpoint:
         entry = self._entry(name)
         if entry.shape != (size,) or entry.dtype not in INDEX_TYPES:
             raise CheckpointError(
-                f"{self.folder}: {name} is {entry.dtype} {list(entry.shape)}, expected integers [{size}]"
+                f"{self.place(name)} is {entry.dtype} {list(entry.shape)}, expected integers [{size}]"
             )
         values: Indices = self._read(name, 0, size).to(torch.int64).numpy()
         return values
@@ -135,16 +151,16 @@ class Checkpoint:
 
     def _check_finite(self, name: str, values: Float32) -> None:
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.folder}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+            raise CheckpointError(f"{self.place(name)} holds NaN or infinity; the checkpoint is damaged")
 
     def _find_weight_files(self) -> list[Path]:
         """The shards an index names, or model.safetensors, or whatever safetensors there are."""
-        whole, index = self.folder / "model.safetensors", self.optional_json(INDEX)
-        if index:
-            return self._shards(index)
+        whole = self.folder / "model.safetensors"
+        if (self.folder / INDEX).exists():
+            return self._shards(self.read_json(INDEX))
         if whole.is_file():
             return [whole]
-        if files := sorted(self.folder.glob("*.safetensors")):
+        if files := [file for file in sorted(self.folder.glob("*.safetensors")) if file.is_file()]:
             return files
         pickles = sorted(file for pattern in PICKLES for file in self.folder.glob(pattern))
         if pickles:
@@ -158,16 +174,20 @@ class Checkpoint:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{self.folder / INDEX}: weight_map is no object of tensor and file names")
-        files = [self.folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
+        files = [self.folder / shard for shard in sorted(set(weight_map.values()))]
+        if outside := [file.name for file in files if file.parent != self.folder]:
+            raise CheckpointError(f"{self.folder / INDEX}: shard {outside[0]} is not in the index's own folder")
         if missing := [file for file in files if not file.is_file()]:
             raise CheckpointError(f"{missing[0]}: the shard is missing; download the checkpoint again")
         return files
 
     def _check_index(self) -> None:
-        """Every tensor that the index names must be in a shard."""
-        named = self.optional_json(INDEX).get("weight_map", {})
-        if absent := sorted(set(named) - set(self._tensors)):
-            raise CheckpointError(f"{self.folder / INDEX}: names {absent[0]}, but no shard has it")
+        """Every tensor that the index names must be in the shard that it names."""
+        for name, shard in self.optional_json(INDEX).get("weight_map", {}).items():
+            if name not in self._tensors:
+                raise CheckpointError(f"{self.folder / INDEX}: names {name}, but no shard has it")
+            if self._tensors[name].file.name != shard:
+                raise CheckpointError(f"{self.place(name)} should be in {shard}, says {INDEX}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from quant.recipe import WeightFormat
 from runtime.model_config import DrafterConfig
 
 TABLE = "model.embed_tokens.weight"
+TOKEN_ORDERING = "masked_embedding.token_ordering"
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class DrafterGraph:
 
     def _centroid_head(self, outer: LayerEmitter, hidden: str) -> None:
         graph, drafter = self.emitter.graph, self.drafter
-        num_candidates = drafter.num_active_centroids * self._tokens_per_centroid
+        num_candidates = drafter.num_candidates
         graph.output("candidate_logits", np.float32, [num_candidates])
         graph.output("candidate_ids", np.int64, [num_candidates])
         name = "masked_embedding.centroids"
@@ -123,11 +124,9 @@ class DrafterGraph:
 
 def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:
     """Token ids int64 [num_centroids, tokens per centroid]; CheckpointError unless each id occurs once."""
-    ordering = checkpoint.indices("masked_embedding.token_ordering", drafter.vocab_size)
+    ordering = checkpoint.indices(TOKEN_ORDERING, drafter.vocab_size)
     if not np.array_equal(np.sort(ordering), np.arange(drafter.vocab_size)):
-        raise CheckpointError(
-            f"{checkpoint.folder}: masked_embedding.token_ordering is no permutation of {drafter.vocab_size} tokens"
-        )
+        raise CheckpointError(f"{checkpoint.place(TOKEN_ORDERING)} is no permutation of {drafter.vocab_size} tokens")
     return ordering.reshape(drafter.num_centroids, -1)
 
 

@@ -70,7 +70,7 @@ class LayerEmitter:
             return 1.0
         scalar = float(self.checkpoint.vector(name, 1)[0])
         if scalar == 0:
-            raise CheckpointError(f"{self.checkpoint.folder}: {name} is 0, which erases the layer's input")
+            raise CheckpointError(f"{self.checkpoint.place(name)} is 0, which erases the layer's input")
         return scalar
 
     # norms

@@ -51,7 +51,7 @@ class Matrix:
             shape = self.checkpoint.shape(part.name)
             if len(shape) != 2 or shape[1] != self.width or shape[0] < part.stop:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: {part.name} has shape {list(shape)}, "
+                    f"{self.checkpoint.place(part.name)} has shape {list(shape)}, "
                     f"expected [{part.stop}, {self.width}] from config.json"
                 )
 
@@ -89,7 +89,7 @@ def store(
     first = 0
     for chunk in matrix.chunks():
         if form.bits == 16 and np.abs(chunk).max() > FLOAT16_MAX:
-            raise CheckpointError(f"{matrix.name}: weights exceed float16's {FLOAT16_MAX:.0f}; export with --bits 32")
+            raise _too_large(matrix, "float16")
         data.write(region, first, chunk)
         first += len(chunk)
         progress(chunk.size)
@@ -105,11 +105,17 @@ def _store_blocks(
     first = 0
     for chunk in matrix.chunks():
         chunk_codes, chunk_scales = quantize_rows(chunk, blocks, scale_type)
+        if not np.isfinite(chunk_scales).all():
+            raise _too_large(matrix, f"a scale of {np.dtype(scale_type).name}")
         data.write(rows, first, chunk_codes)
         data.write(scales, first, chunk_scales)
         first += len(chunk)
         progress(chunk.size)
     return StoredMatrix(form, matrix.num_rows, matrix.width, rows, scales)
+
+
+def _too_large(matrix: Matrix, what: str) -> CheckpointError:
+    return CheckpointError(f"{matrix.checkpoint.folder}: {matrix.name}: weights exceed {what}; export with --bits 32")
 
 
 class Product(Protocol):

@@ -1,7 +1,5 @@
 """The export: a checkpoint and its drafter become an artifact folder, all of it or nothing."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,28 +13,29 @@ from tqdm import tqdm
 from export.checkpoint import Checkpoint
 from export.decoder_graph import DecoderGraph
 from export.drafter_graph import DrafterGraph
-from export.errors import CheckpointError
+from export.errors import CheckpointError, ExportError
 from export.graph import DataFile, Graph
-from export.hf_config import drafter_config, model_config
+from export.hf_config import drafter_config, generation_defaults, model_config
 from export.layers import LayerEmitter
 from export.linear import Matrix, PortableProduct, Progress, TensorRows
 from export.staging import staged_folder
 from export.tables import StoredTable, embedding_multiplier, write_embed_graph, write_table
+from export.text_files import GENERATION_CONFIG, check_same_tokenizer, check_text_files, copy_text_files
 from quant.recipe import Recipe
 from runtime.manifest import FORMAT_VERSION, MANIFEST, Manifest, file_entry
 from runtime.model_config import DrafterConfig, ModelConfig
 
 PREFIXES = ("model.language_model.", "model.", "language_model.model.", "")
-GENERATION_DEFAULTS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is exported: the target, its drafter if there is one, and where their tensors' names begin."""
+    """What is exported: the target, its sampling defaults, its drafter if there is one. `prefix` leads tensor names."""
 
     target: Checkpoint
     model: ModelConfig
     prefix: str
+    generation: dict[str, Any]
     drafter: Checkpoint | None
     drafter_config: DrafterConfig | None
 
@@ -62,12 +61,15 @@ def open_source(target: Path, drafter: Path | None) -> Source:
     checkpoint = Checkpoint(target)
     model = model_config(checkpoint.config, str(target / "config.json"))
     prefix = _tensor_prefix(checkpoint)
+    given = checkpoint.optional_json(GENERATION_CONFIG)
+    generation = generation_defaults(given, model, str(target / GENERATION_CONFIG))
+    check_text_files(checkpoint, model)
     if drafter is None:
-        return Source(checkpoint, model, prefix, None, None)
+        return Source(checkpoint, model, prefix, generation, None, None)
     drafter_checkpoint = Checkpoint(drafter)
     config = drafter_config(drafter_checkpoint.config, model, str(drafter / "config.json"))
-    _check_same_tokenizer(target, drafter)
-    return Source(checkpoint, model, prefix, drafter_checkpoint, config)
+    check_same_tokenizer(checkpoint, drafter_checkpoint)
+    return Source(checkpoint, model, prefix, generation, drafter_checkpoint, config)
 
 
 def export_artifact(source: Source, destination: Path, recipe: Recipe, *, show_progress: bool = True) -> Manifest:
@@ -77,27 +79,36 @@ def export_artifact(source: Source, destination: Path, recipe: Recipe, *, show_p
 
     Raises:
         CheckpointError: the source does not hold what its configuration says.
-        ExportError: the destination cannot be used.
+        ExportError: the destination cannot be used, or the disk is full.
     """
     folders = [source.target.folder] + ([source.drafter.folder] if source.drafter else [])
-    with staged_folder(destination, sources=folders) as folder, _progress(source, show_progress) as progress:
-        token_table = _write_token_table(source, folder, recipe, progress)
-        ple_table = _write_ple_table(source, folder, recipe, progress)
-        write_embed_graph(folder / "embed.onnx", token_table, ple_table)
-        _write_decoder(source, folder, recipe, token_table, progress)
-        if source.drafter and source.drafter_config:
-            _write_drafter(source.drafter, source.drafter_config, folder, recipe, progress)
-        generation = _generation_config(source)
-        _copy_text_files(source.target, folder)
-        manifest = _manifest(source, folder, recipe, token_table, ple_table, generation)
-        (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    try:
+        with staged_folder(destination, sources=folders) as folder, _progress(source, show_progress) as progress:
+            return _write(source, folder, recipe, progress)
+    except OSError as error:
+        reason = f"{error.filename or destination}: {error.strerror or error}"
+        raise ExportError(f"{reason}; the export was given up, mend that and export again") from error
+
+
+def _write(source: Source, folder: Path, recipe: Recipe, progress: Progress) -> Manifest:
+    token_table = _write_token_table(source, folder, recipe, progress)
+    ple_table = _write_ple_table(source, folder, recipe, progress)
+    write_embed_graph(folder / "embed.onnx", token_table, ple_table)
+    _write_decoder(source, folder, recipe, token_table, progress)
+    if source.drafter and source.drafter_config:
+        _write_drafter(source.drafter, source.drafter_config, folder, recipe, progress)
+    copy_text_files(source.target, folder)
+    manifest = _manifest(source, folder, recipe, token_table, ple_table)
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 
 
 @contextmanager
 def _progress(source: Source, show: bool) -> Iterator[Progress]:
     total = source.num_weights()
-    with tqdm(total=total, unit=" weights", unit_scale=True, desc="export", disable=not show) as bar:
+    # None: off where standard error is no terminal
+    disable = None if show else True
+    with tqdm(total=total, unit=" weights", unit_scale=True, desc="export", disable=disable) as bar:
 
         def advance(num_weights: int) -> None:
             bar.update(num_weights)
@@ -142,41 +153,8 @@ def _write_drafter(
     graph.save(folder / "drafter.onnx")
 
 
-def _generation_config(source: Source) -> dict[str, Any]:
-    """Sampling defaults and every end-of-sequence id, from generation_config.json over config.json."""
-    given = source.target.optional_json("generation_config.json")
-    values = {name: given.get(name, default) for name, default in GENERATION_DEFAULTS.items()}
-    eos = given.get("eos_token_id", list(source.model.eos_token_ids))
-    eos = [eos] if isinstance(eos, int) else eos
-    return {
-        "temperature": float(values["temperature"]) if values["do_sample"] else 0.0,
-        "top_k": int(values["top_k"] or 0),
-        "top_p": float(values["top_p"]),
-        "eos_token_ids": sorted(set(eos)),
-    }
-
-
-def _copy_text_files(checkpoint: Checkpoint, folder: Path) -> None:
-    if not (checkpoint.folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{checkpoint.folder}: tokenizer.json is missing; save the tokenizer beside the weights")
-    for name in ("tokenizer.json", "generation_config.json"):
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    if template := _chat_template(checkpoint):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _chat_template(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's own template: a file of its own, or inside tokenizer_config.json as older ones have it."""
-    file = checkpoint.folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = checkpoint.optional_json("tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
-
-
 def _manifest(
-    source: Source, folder: Path, recipe: Recipe, token_table: StoredTable, ple_table: StoredTable, generation: Any
+    source: Source, folder: Path, recipe: Recipe, token_table: StoredTable, ple_table: StoredTable
 ) -> Manifest:
     sources = {f"target/{name}": digest for name, digest in source.target.digests().items()}
     if source.drafter:
@@ -191,7 +169,7 @@ def _manifest(
         ple_table=ple_table.spec,
         recipe=recipe.to_json(),
         sources=sources,
-        generation=generation,
+        generation=source.generation,
         files={name: file_entry(folder / name) for name in names},
     )
 
@@ -202,12 +180,3 @@ def _tensor_prefix(checkpoint: Checkpoint) -> str:
         if f"{prefix}embed_tokens.weight" in checkpoint:
             return prefix
     raise CheckpointError(f"{checkpoint.folder}: no tensor embed_tokens.weight; not a Gemma 4 text or multimodal model")
-
-
-def _check_same_tokenizer(target: Path, drafter: Path) -> None:
-    """A drafter that ships a tokenizer must ship the target's."""
-    mine, theirs = target / "tokenizer.json", drafter / "tokenizer.json"
-    if not (mine.is_file() and theirs.is_file()):
-        return
-    if json.loads(mine.read_bytes())["model"] != json.loads(theirs.read_bytes())["model"]:
-        raise CheckpointError(f"{theirs}: differs from {mine}; pass the assistant that belongs to this model")

@@ -164,7 +164,8 @@ def _publish(folder: Path, destination: Path) -> None:
     if sys.platform == "win32" and destination.exists():
         destination.rmdir()  # elsewhere an empty folder is replaced
     folder.replace(destination)
-    _sync(destination.parent)
+    with contextlib.suppress(OSError):  # it is there and whole, whether or not this file system can say so
+        _sync(destination.parent)
 
 
 def _sync(path: Path) -> None:

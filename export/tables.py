@@ -49,7 +49,10 @@ def write_table(
 
 
 def write_embed_graph(path: Path, token_table: StoredTable, ple_table: StoredTable) -> None:
-    """embed.onnx: input_ids [num_tokens] -> inputs_embeds and per_layer_inputs, as decoder.onnx takes them."""
+    """embed.onnx: input_ids [num_tokens] -> inputs_embeds and per_layer_inputs, as decoder.onnx takes them.
+
+    Where scales are float16, so is the graph's look-up: its rows are rounded to 11 bits, which the runtime's are not.
+    """
     graph = Graph("embed")
     graph.input("input_ids", np.int64, ["num_tokens"])
     for name, table in (("inputs_embeds", token_table), ("per_layer_inputs", ple_table)):

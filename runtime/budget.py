@@ -1,6 +1,6 @@
 """How long a context the memory budget leaves room for."""
 
-from profiles import DeviceProfile
+from profiles import MAX_DRAFT_TOKENS, DeviceProfile
 from runtime.errors import MemoryBudgetError
 from runtime.kv_cache import GROWTH_TOKENS, full_bytes_per_token, sliding_bytes
 from runtime.manifest import Manifest
@@ -19,7 +19,7 @@ def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: 
     Raises:
         MemoryBudgetError: not even one growth step of the cache fits.
     """
-    model, chunk = manifest.model, profile.prefill_chunk_tokens
+    model, chunk = manifest.model, max_new_tokens(profile)
     wanted = min(profile.context_tokens, model.context_tokens)
     fixed = _weight_bytes(manifest) + SESSION_BYTES + activation_bytes(model, chunk) + sliding_bytes(model, chunk)
     # a chunk's attention scores and mask grow with the context too
@@ -32,6 +32,11 @@ def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: 
             f"{_mib(budget_bytes)}; raise memory_budget or export with fewer bits"
         )
     return int(min(wanted, (budget_bytes - fixed) // per_token))
+
+
+def max_new_tokens(profile: DeviceProfile) -> int:
+    """The most tokens one forward appends: a chunk of a prompt, or drafts behind the last token."""
+    return max(profile.prefill_chunk_tokens, MAX_DRAFT_TOKENS + 1)
 
 
 def activation_bytes(model: ModelConfig, num_tokens: int) -> int:

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
@@ -151,13 +152,25 @@ class _Metered(NodeTransformer):
         return nodes.Call(nodes.EnvironmentAttribute("concat"), [parts], [], None, None, lineno=node.lineno)
 
 
+class _GenerationTag(Extension):
+    """`{% generation %}`, which marks the model's words for training: here its body alone."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance variable
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements up to `{% endgeneration %}`."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """transformers' environment for chat templates, cut down and metered."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_text)
+        extensions = [loopcontrols, _GenerationTag]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_text)
         own = {"tojson": _tojson, "join": _join_filter, "replace": _replace, "string": _text}
         self.filters = {name: own.get(name) or self.filters[name] for name in FILTERS}
         self.globals = {

@@ -49,16 +49,12 @@ class DrafterModel:
         self._session = session
         self._drafter = drafter
         self._target = target
-        backbone, names = drafter.backbone_hidden_size, {output.name for output in session.get_outputs()}
+        backbone = drafter.backbone_hidden_size
         self._input = float_buffer(1, 2 * backbone)
         self._state = float_buffer(1, backbone)
         self._read_names = {name for layer in drafter.layers for name in kv_view_names(layer.kv_source, layer)}
-        num_candidates = drafter.vocab_size
-        self._ids: npt.NDArray[np.int64] | None = None
-        if "candidate_ids" in names:
-            num_candidates = drafter.num_active_centroids * (drafter.vocab_size // drafter.num_centroids)
-            self._ids = np.empty(num_candidates, np.int64)
-        self._logits = float_buffer(num_candidates)
+        self._ids = np.empty(drafter.num_candidates, np.int64) if drafter.num_centroids else None
+        self._logits = float_buffer(drafter.num_candidates)
 
     def draft(
         self,

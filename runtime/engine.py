@@ -1,9 +1,10 @@
 """The runtime: loads an artifact, generates text from prompts and chats, one generation at a time."""
 
-import json
 import os
+import reprlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,23 +13,24 @@ from typing import Any, Self
 import numpy as np
 import onnxruntime as ort
 
-from profiles import DeviceProfile, budget_bytes, load_profile
-from runtime.budget import context_that_fits
+from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
+from runtime.budget import context_that_fits, max_new_tokens
 from runtime.chat import ChatTemplate, plain_messages
 from runtime.drafter import DrafterModel
-from runtime.errors import BusyError, ClosedError, RequestError
+from runtime.errors import ArtifactError, BusyError, ClosedError, RequestError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
 from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
 from runtime.sampling import SamplingParams
-from runtime.session import open_session
+from runtime.session import check_signature, open_session
+from runtime.signature import Signature, decoder_signature, drafter_signature
 from runtime.stream import Generation, GenerationRun, GenerationStream
 from runtime.tables import RowTable
 from runtime.target import TargetModel
 from runtime.tokenizer import Tokenizer
 from runtime.verified_cache import user_cache_folder
 
-MAX_DRAFT_TOKENS = 16
+BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no tokens
 
 
 @dataclass(slots=True)
@@ -207,9 +209,10 @@ class Runtime:
         """Ends a generation in progress and frees everything; a second call does nothing."""
         if os.getpid() != self._process:  # after a fork the locks may never be released
             return
+        with self._claim_lock:  # a generation either is there to be cancelled or will find the runtime closed
+            loaded, self._loaded = self._loaded, None
         self.cancel()
         with self._step_lock:
-            loaded, self._loaded = self._loaded, None
             if loaded is not None:
                 loaded.close()
 
@@ -229,6 +232,7 @@ class Runtime:
         Raises:
             BusyError: another thread's generation is in progress.
         """
+        self._check_process()
         with self._claim_lock:
             if self._current is not None:
                 if self._current.is_in_use:
@@ -236,32 +240,41 @@ class Runtime:
                 self._current.cancel()
             loaded = self._open_or_raise()
             self._current = run
-        loaded.target.cache.clear()
-        loaded.target.run_options = ort.RunOptions()
+        with self._step_lock:  # the one that was cancelled may be in its last step
+            loaded.target.cache.clear()
+            loaded.target.run_options = ort.RunOptions()
         return loaded.target, loaded.drafter
 
-    @property
-    def step_lock(self) -> threading.Lock:
-        """Held while a step runs, so that closing waits for it."""
-        return self._step_lock
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Held while a step runs: closing, and a generation that takes over, wait for it."""
+        self._check_process()
+        with self._step_lock:
+            yield
 
     # checks
 
-    def _open_or_raise(self) -> _Loaded:
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise ClosedError(
                 f"the runtime was loaded in process {self._process} and cannot be used after a fork in {os.getpid()}; "
                 "load it in the child, or start children with the spawn method"
             )
+
+    def _open_or_raise(self) -> _Loaded:
+        self._check_process()
         if self._loaded is None:
             raise ClosedError("the runtime is closed; load the artifact again")
         return self._loaded
 
     def _prompt_ids(self, loaded: _Loaded, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            ids = loaded.tokenizer.encode(prompt, add_bos=True) if prompt else []
-        else:
-            ids = [_token_id(value, place, self.manifest.model.vocab_size) for place, value in enumerate(prompt)]
+            prompt = loaded.tokenizer.encode(prompt, add_bos=True) if prompt else []
+        elif isinstance(prompt, np.ndarray):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
+            raise RequestError(f"the prompt is {reprlib.repr(prompt)}, expected text or a list of token ids")
+        ids = [_token_id(value, place, self.manifest.model.vocab_size) for place, value in enumerate(prompt)]
         if not ids:
             raise RequestError("the prompt is empty; pass at least one token")
         if len(ids) >= self.context_tokens:
@@ -300,33 +313,40 @@ class Runtime:
 def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> _Loaded:
     model = manifest.model
     tokenizer = Tokenizer.load(folder / "tokenizer.json", bos_token_id=model.bos_token_id)
-    template = _chat_template(folder, manifest)
-    max_new = max(profile.prefill_chunk_tokens, MAX_DRAFT_TOKENS + 1)
+    template = _chat_template(folder, manifest, tokenizer)
     target = TargetModel(
-        open_session(folder / "decoder.onnx", profile),
+        _open_graph(folder / "decoder.onnx", profile, decoder_signature(model)),
         model,
-        KVCache(model, max_tokens=context_tokens, max_new_tokens=max_new),
+        KVCache(model, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
     )
     drafter = None
     if manifest.drafter is not None:
-        drafter = DrafterModel(open_session(folder / "drafter.onnx", profile), manifest.drafter, target)
+        session = _open_graph(folder / "drafter.onnx", profile, drafter_signature(manifest.drafter))
+        drafter = DrafterModel(session, manifest.drafter, target)
     return _Loaded(target, drafter, tokenizer, template)
 
 
-def _chat_template(folder: Path, manifest: Manifest) -> ChatTemplate | None:
-    if "chat_template.jinja" not in manifest.files:
+def _open_graph(path: Path, profile: DeviceProfile, signature: Signature) -> ort.InferenceSession:
+    session = open_session(path, profile)
+    check_signature(path, session, signature)
+    return session
+
+
+def _chat_template(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:
+    path = folder / "chat_template.jinja"
+    if path.name not in manifest.files:
         return None
-    tokens = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
-    by_id = {token["id"]: token["content"] for token in tokens}
-    bos = by_id.get(manifest.model.bos_token_id, "")
-    eos = by_id.get(manifest.generation["eos_token_ids"][0], "")
-    source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return ChatTemplate(source, {"bos_token": bos, "eos_token": eos})
+    bos, eos = manifest.model.bos_token_id, manifest.generation["eos_token_ids"][0]
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: not UTF-8 at byte {error.start:,}; re-export the model") from error
+    return ChatTemplate(source, {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(eos)})
 
 
 def _token_id(value: Any, place: int, vocab_size: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < vocab_size:
-        raise RequestError(f"prompt token {place} is {value!r}, expected an integer 0-{vocab_size - 1:,}")
+        raise RequestError(f"prompt token {place} is {reprlib.repr(value)}, expected an integer 0-{vocab_size - 1:,}")
     return int(value)

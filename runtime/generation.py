@@ -103,7 +103,8 @@ def generate_blocks(
     if forward is None:
         return
     verdict = _verify([], forward.logits, request.params, rng, step=0)
-    block, hidden = [verdict.next_token_id], forward.hidden[-1]
+    block = [verdict.next_token_id]
+    hidden = forward.hidden[-1]
     num_left = request.max_tokens - 1
     yield block
 
@@ -116,6 +117,8 @@ def generate_blocks(
                 drafts = drafter.draft(block[-1], hidden, num_drafts, request.params, rng)
                 counts.num_drafter_faults += len(drafts) < num_drafts
             except InferenceError:
+                if cancelled():  # a terminated run fails
+                    return
                 counts.num_drafter_faults += 1
                 drafter = None  # a drafter that failed is not asked again
         if cancelled():
@@ -125,10 +128,8 @@ def generate_blocks(
         verdict = _verify(drafts, forward.logits, request.params, rng, step=counts.num_verify_steps + 1)
         counts.count(len(draft_ids), verdict.num_accepted)
         target.trim(len(draft_ids) - verdict.num_accepted)
-        block, hidden = (
-            [*draft_ids[: verdict.num_accepted], verdict.next_token_id],
-            forward.hidden[verdict.num_accepted],
-        )
+        block = [*draft_ids[: verdict.num_accepted], verdict.next_token_id]
+        hidden = forward.hidden[verdict.num_accepted]
         num_left -= len(block)
         yield block
 

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from runtime.errors import ArtifactError
+from runtime.errors import ArtifactError, RequestError
 from runtime.model_config import DrafterConfig, ModelConfig, StackConfig
+from runtime.sampling import SamplingParams
 from runtime.strict_json import MANIFEST, WAY_OUT, bad_field, integer, object_of, parse, sha256_digest, string
 from runtime.verified_cache import recall, record_path, remember
 
@@ -51,6 +52,7 @@ _MAX_GAP_BYTES = 65_536
 # Coarsest file clock in use (FAT). A younger file could change again without a new stamp, so it is not remembered.
 _SETTLED_NS = 2_000_000_000
 _OWN_DIGEST = "manifest_sha256"
+_GENERATION_KEYS = ("temperature", "top_k", "top_p", "eos_token_ids")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
@@ -214,6 +216,7 @@ class Manifest:
             table.check(self.files[table.file].size_bytes)
         if self.drafter is not None:
             self.drafter.check_pairing(self.model)
+        _check_generation(self.generation, self.model.vocab_size)
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -317,6 +320,17 @@ def _check_names(names: Iterable[str]) -> None:
         if name.lower() in seen:
             raise bad_field("a file name", name, f"one that differs from {seen[name.lower()]!r} in more than case")
         seen[name.lower()] = name
+
+
+def _check_generation(value: object, vocab_size: int) -> None:
+    defaults = object_of(value, "generation", _GENERATION_KEYS)
+    try:
+        SamplingParams(defaults["temperature"], defaults["top_k"], defaults["top_p"]).check()
+    except RequestError as error:
+        raise ArtifactError(f"{MANIFEST}: generation: {error}; {WAY_OUT}") from error
+    ids = defaults["eos_token_ids"]
+    if not isinstance(ids, list) or not ids or not all(type(id_) is int and 0 <= id_ < vocab_size for id_ in ids):
+        raise bad_field("generation.eos_token_ids", ids, f"a list of token ids below {vocab_size:,}")
 
 
 def _config(kind: type[Config], value: object, field: str) -> Config:

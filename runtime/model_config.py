@@ -98,8 +98,13 @@ class ModelConfig(StackConfig):
             owner = self.layers[layer.kv_source] if 0 <= layer.kv_source <= index else None
             if owner is None or owner.kv_source != layer.kv_source or owner.kind != layer.kind:
                 raise ArtifactError(f"manifest.json: layer {index} reads KV of layer {layer.kv_source}; re-export")
-        if not self.layers or any(type(token) is not int for token in self.eos_token_ids):
-            raise ArtifactError("manifest.json: model.layers or model.eos_token_ids is not usable; re-export")
+        if not self.layers:
+            raise ArtifactError("manifest.json: model.layers is empty; re-export")
+        for token in (self.bos_token_id, *self.eos_token_ids):
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ArtifactError(
+                    f"manifest.json: BOS or EOS token {token!r} is no id below {self.vocab_size:,}; re-export"
+                )
 
     @property
     def num_owned_layers(self) -> int:
@@ -126,6 +131,13 @@ class DrafterConfig(StackConfig):
     backbone_hidden_size: int
     num_centroids: int
     num_active_centroids: int
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that one draft is chosen from."""
+        if not self.num_centroids:
+            return self.vocab_size
+        return self.num_active_centroids * (self.vocab_size // self.num_centroids)
 
     def check_pairing(self, target: ModelConfig) -> None:
         """Raises ArtifactError where the drafter cannot read this target's hidden state, vocabulary or KV."""

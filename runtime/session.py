@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from profiles import DeviceProfile
 from runtime.errors import ArtifactError, InferenceError, RequestError
+from runtime.signature import Signature
 
 Array = npt.NDArray[Any]
 
@@ -24,7 +25,7 @@ def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = profile.num_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # failures come as exceptions, once
     # one plan is kept for every length of the KV cache otherwise: measured 13 KiB a token on 8 layers, never freed
     options.enable_mem_pattern = False
     available = set(ort.get_available_providers())
@@ -38,6 +39,26 @@ def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
         return ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise ArtifactError(f"{path}: onnxruntime refuses the graph: {_first_line(error)}") from error
+
+
+def check_signature(path: Path, session: ort.InferenceSession, expected: Signature) -> None:
+    """Raises ArtifactError where a graph has not the inputs and outputs of the model that the manifest describes."""
+    for role, values, sizes in (
+        ("input", session.get_inputs(), expected.inputs),
+        ("output", session.get_outputs(), expected.outputs),
+    ):
+        found = {value.name: next((size for size in value.shape[-1:] if type(size) is int), 0) for value in values}
+        for name in sorted(found.keys() | sizes.keys()):
+            mine, due = found.get(name), sizes.get(name)
+            if mine != due:
+                raise ArtifactError(
+                    f"{path}: {role} {name} is {_size(mine)}, by manifest.json it is {_size(due)}: the graph is of "
+                    "another model; export target and drafter together"
+                )
+
+
+def _size(size: int | None) -> str:
+    return {None: "not there", 0: "of any size"}.get(size, f"of size {size}")
 
 
 class Binding:

@@ -24,7 +24,44 @@ embed.onnx
     outputs  inputs_embeds, per_layer_inputs   as decoder.onnx takes them
 """
 
-from runtime.model_config import LayerConfig
+from typing import NamedTuple
+
+from runtime.model_config import DrafterConfig, LayerConfig, ModelConfig
+
+
+class Signature(NamedTuple):
+    """Last dimensions of a graph's inputs and outputs by name; 0 where it is symbolic."""
+
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+
+
+def decoder_signature(model: ModelConfig) -> Signature:
+    """Of decoder.onnx."""
+    views = {
+        name: model.layers[index].head_dim
+        for index in model.owned_layers
+        for name in kv_view_names(index, model.layers[index])
+    }
+    inputs = {
+        "inputs_embeds": model.hidden_size,
+        "per_layer_inputs": len(model.layers) * model.ple_size,
+        "position_ids": 0,
+        "num_kept": 1,
+        **{f"{layer.kind}_mask": 0 for layer in model.layers},
+        **views,
+    }
+    new_rows = {f"new_{name}": head_dim for name, head_dim in views.items()}
+    return Signature(inputs, {"logits": model.vocab_size, "hidden": model.hidden_size, **new_rows})
+
+
+def drafter_signature(drafter: DrafterConfig) -> Signature:
+    """Of drafter.onnx."""
+    layers = drafter.layers
+    views = {name: layer.head_dim for layer in layers for name in kv_view_names(layer.kv_source, layer)}
+    inputs = {"inputs_embeds": 2 * drafter.backbone_hidden_size, "position_ids": 1, **views}
+    outputs = {"candidate_logits": drafter.num_candidates, "projected_state": drafter.backbone_hidden_size}
+    return Signature(inputs, outputs | ({"candidate_ids": drafter.num_candidates} if drafter.num_centroids else {}))
 
 
 def kv_view_names(index: int, layer: LayerConfig) -> list[str]:

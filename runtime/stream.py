@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -10,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.drafter import DrafterModel
-from runtime.errors import ClosedError, InferenceError
+from runtime.errors import BusyError, ClosedError, InferenceError
 from runtime.generation import Request, generate_blocks
 from runtime.stats import GenerationStats, StatsRecorder
 from runtime.stopping import StopScanner
@@ -37,8 +38,7 @@ class Generation:
 class Host(Protocol):
     """What a generation needs of the runtime that it runs on."""
 
-    @property
-    def step_lock(self) -> threading.Lock:
+    def step(self) -> AbstractContextManager[None]:
         """Held while a step runs."""
         ...
 
@@ -54,6 +54,7 @@ class GenerationStream:
         """Made by `Runtime.stream`."""
         self._run = run
         self._pieces = run.pieces()
+        self._turn = threading.Lock()
 
     @property
     def generation(self) -> Generation | None:
@@ -64,7 +65,12 @@ class GenerationStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        if not self._turn.acquire(blocking=False):
+            raise BusyError("another thread draws on this stream; wait for it or cancel() it")
+        try:
+            return next(self._pieces)
+        finally:
+            self._turn.release()
 
     def finish(self) -> Generation:
         """Runs to the end and returns the result."""
@@ -79,8 +85,11 @@ class GenerationStream:
         self._run.cancel()
 
     def close(self) -> None:
-        """Ends the generation; the runtime is free for the next one."""
-        self._pieces.close()
+        """Ends the generation; the runtime is free for the next one. From any thread, as `cancel`."""
+        self._run.cancel()
+        if self._turn.acquire(blocking=False):  # else the thread that draws on it ends it
+            self._pieces.close()
+            self._turn.release()
 
     def __enter__(self) -> Self:
         return self
@@ -126,8 +135,9 @@ class GenerationRun:
         """
         if self.generation is not None:
             return False
-        is_elsewhere = self._thread is not threading.current_thread() and self._thread.is_alive()
-        return self._is_stepping or (is_elsewhere and not self._cancelled.is_set())
+        if self._thread is threading.current_thread():
+            return self._is_stepping  # as in a signal handler
+        return self._thread.is_alive() and not self._cancelled.is_set()
 
     def cancel(self) -> None:
         """Ends the generation at its next check, or within the forward that is running."""
@@ -138,12 +148,13 @@ class GenerationRun:
     def pieces(self) -> Generator[str, None, None]:
         """Generates; yields text as it becomes certain."""
         recorder = StatsRecorder(len(self._request.prompt_ids))
+        self._thread = threading.current_thread()
         target, drafter = self._host.claim(self)
         self._run_options = target.run_options
         blocks = generate_blocks(target, drafter, self._request, self._rng, recorder.counts, self._cancelled.is_set)
         try:
             while self._reason is None:
-                with self._host.step_lock:
+                with self._host.step():
                     block = self._next_block(blocks)
                 if block is None:
                     self._reason = "cancelled"

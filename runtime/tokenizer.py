@@ -7,6 +7,7 @@ tokens when the last of them is wrong, so that nothing of the run could ever be 
 import codecs
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -50,9 +51,29 @@ class Tokenizer:
         """The tokenizer of a `tokenizer.json`; raises ArtifactError where it does not parse."""
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception, and pyo3's panics are not even that
             raise ArtifactError(f"{path}: not a tokenizer: {error}; re-export the model") from error
         return cls(tokenizer, bos_token_id)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ArtifactError where the tokenizer is not one of a model with `vocab_size` token ids."""
+        token, largest = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+        if largest >= vocab_size:
+            raise ArtifactError(
+                f"tokenizer.json: token {reprlib.repr(token)} has id {largest:,}, expected ids below {vocab_size:,}"
+            )
+        if self._tokenizer.id_to_token(self._bos_token_id) is None:
+            raise ArtifactError(f"tokenizer.json: no token has id {self._bos_token_id}, which is the model's BOS")
+        try:
+            self.encode("\u2603 x", add_bos=True)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ArtifactError(f"tokenizer.json: cannot encode text: {error}") from error
+
+    def token(self, token_id: int) -> str:
+        """What a token is called in the file, "" where there is none of this id."""
+        return self._tokenizer.id_to_token(token_id) or ""
 
     @property
     def vocab_size(self) -> int:
