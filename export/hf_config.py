@@ -17,7 +17,7 @@ from runtime.model_config import MAX_SIZE, AttentionKind, DrafterConfig, LayerCo
 from runtime.sampling import SamplingParams
 
 MAX_LAYERS = 1 << 10
-LARGEST_NUMBER = 1e300  # beyond, a JSON integer need not fit a float
+NUMBERS = (1e-30, 1e30)  # what graphs, which compute in float32, can hold
 KINDS: dict[str, AttentionKind] = {"sliding_attention": "sliding", "full_attention": "full"}
 DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -174,8 +174,8 @@ class _Fields:
 
     def number(self, name: str, default: float) -> float:
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
-            raise self.refused(name, "a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not NUMBERS[0] < value < NUMBERS[1]:
+            raise self.refused(name, "a number above 0 that float32 holds")
         return float(value)
 
     def number_or_none(self, name: str) -> float | None:
@@ -221,13 +221,16 @@ class _Fields:
         rope_type, factor = self.optional("rope_type", "default"), self.optional("factor", 1.0)
         if rope_type not in ("default", "proportional") or factor != 1:
             raise CheckpointError(
-                f"{self.where}: rope_type is {rope_type!r} with factor {factor!r}, expected default or proportional "
-                "with factor 1"
+                f"{self.where}: rope_type is {reprlib.repr(rope_type)} with factor {reprlib.repr(factor)}, expected "
+                "default or proportional with factor 1"
             )
         rotated = self.number("partial_rotary_factor", 1.0) if rope_type == "proportional" else 1.0
         if rotated > 1:
             raise CheckpointError(f"{self.where}: partial_rotary_factor is {rotated}, expected at most 1")
-        return RopeConfig(theta=self.number("rope_theta", default["rope_theta"]), rotated_fraction=rotated)
+        theta = self.number("rope_theta", default["rope_theta"])
+        if theta < 1:
+            raise self.refused("rope_theta", "a number of at least 1")
+        return RopeConfig(theta=theta, rotated_fraction=rotated)
 
     def layers(self, num_shared: int) -> tuple[LayerConfig, ...]:
         """Every layer's shape; the last `num_shared` read the KV of the last owner of their kind."""

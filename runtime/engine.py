@@ -153,7 +153,7 @@ class Runtime:
             prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
         )
         if seed is not None and (type(seed) is not int or seed < 0):
-            raise RequestError(f"seed is {seed!r}, expected an integer >= 0")
+            raise RequestError(f"seed is {reprlib.repr(seed)}, expected an integer >= 0")
         eos_ids = frozenset(self.manifest.generation["eos_token_ids"])
         run = GenerationRun(self, request, np.random.default_rng(seed), loaded.tokenizer, eos_ids, stop)
         return GenerationStream(run)
@@ -212,6 +212,8 @@ class Runtime:
         with self._claim_lock:  # a generation either is there to be cancelled or will find the runtime closed
             loaded, self._loaded = self._loaded, None
         self.cancel()
+        if self._current is not None and self._current.is_in_use:
+            return  # within a step of this thread, as in a signal handler: what it uses goes with the last reference
         with self._step_lock:
             if loaded is not None:
                 loaded.close()
@@ -289,7 +291,7 @@ class Runtime:
         if max_tokens is None:
             return room
         if type(max_tokens) is not int or max_tokens < 1:
-            raise RequestError(f"max_tokens is {max_tokens!r}, expected an integer >= 1")
+            raise RequestError(f"max_tokens is {reprlib.repr(max_tokens)}, expected an integer >= 1")
         return min(max_tokens, room)
 
     def _sampling_params(self, temperature: float | None, top_p: float | None, top_k: int | None) -> SamplingParams:
@@ -306,7 +308,8 @@ class Runtime:
         if num_draft_tokens is None:
             return self.profile.num_draft_tokens
         if type(num_draft_tokens) is not int or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
-            raise RequestError(f"num_draft_tokens is {num_draft_tokens!r}, expected an integer 0-{MAX_DRAFT_TOKENS}")
+            found = reprlib.repr(num_draft_tokens)
+            raise RequestError(f"num_draft_tokens is {found}, expected an integer 0-{MAX_DRAFT_TOKENS}")
         return num_draft_tokens
 
 

@@ -28,6 +28,8 @@ def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
     options.log_severity_level = 4  # failures come as exceptions, once
     # one plan is kept for every length of the KV cache otherwise: measured 13 KiB a token on 8 layers, never freed
     options.enable_mem_pattern = False
+    # threads of one session would go on spinning on the cores that the other one is about to use
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     available = set(ort.get_available_providers())
     providers = [name for name in profile.providers if name in available]
     if not providers:

@@ -54,7 +54,8 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises bare Exception, and pyo3's panics are not even that
-            raise ArtifactError(f"{path}: not a tokenizer: {error}; re-export the model") from error
+            reason = " ".join(str(error).split())  # it may quote tokens that are line breaks
+            raise ArtifactError(f"{path}: not a tokenizer: {reason}; re-export the model") from error
         return cls(tokenizer, bos_token_id)
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -88,12 +88,20 @@ CONFIG_FAULTS: dict[str, Fault] = {  # 42
     ),
     "window-0": (config(sliding_window=0), "sliding_window is 0, expected an integer >= 1"),
     "eps-0": (config(rms_norm_eps=0), "rms_norm_eps is 0, expected a number above 0"),
+    "eps-1e-300": (
+        config(rms_norm_eps=1e-300),
+        "rms_norm_eps is 1e-300, expected a number above 0 that float32 holds",
+    ),
     "eps-nan": (config(rms_norm_eps=math.nan), "rms_norm_eps is nan, expected a number above 0"),
     "eps-10^400": (config(rms_norm_eps=10**400), r"rms_norm_eps is 10+\.\.\.0+, expected a number above 0"),
     "rope-number": (config(rope_parameters=5), "rope_parameters is 5, expected an object"),
     "rope-half": (
         config(rope_parameters={"full_attention": {}}),
         "rope_parameters: sliding_attention is None, expected",
+    ),
+    "rope-theta": (
+        config(rope_parameters={"full_attention": {"rope_theta": 0.5}, "sliding_attention": {}}),
+        "rope_parameters: full_attention: rope_theta is 0.5, expected a number of at least 1",
     ),
     "rope-type": (
         config(rope_parameters={"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}),

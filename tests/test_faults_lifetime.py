@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edge import BusyError, ClosedError, EdgeError, Generation, Runtime
+from edge import BusyError, ClosedError, EdgeError, Generation, GenerationStream, Runtime
 from tests.lasting import PROMPT, Load, greedy, hooked
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,30 @@ def test_a_stream_that_never_began(runtime: Runtime, plain: list[int]) -> None: 
     stream = runtime.stream(PROMPT, max_tokens=40, temperature=0.0)
     assert greedy(runtime).token_ids == plain
     assert stream.finish().token_ids == plain
+
+
+def test_a_stream_whose_thread_has_ended(runtime: Runtime, plain: list[int]) -> None:  # 70, 71
+    streams: list[GenerationStream] = []
+
+    def begin() -> None:
+        streams.append(runtime.stream(PROMPT, temperature=0.0))
+        next(streams[0])
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join(60)
+    assert greedy(runtime).token_ids == plain
+    assert streams[0].finish().finish_reason == "cancelled"
+
+
+def test_a_stream_handed_to_another_thread(runtime: Runtime, plain: list[int]) -> None:
+    stream = runtime.stream(PROMPT, max_tokens=len(plain), temperature=0.0)
+    next(stream)
+    finished: list[Generation] = []
+    thread = threading.Thread(target=lambda: finished.append(stream.finish()))
+    thread.start()
+    thread.join(60)
+    assert [generation.token_ids for generation in finished] == [plain]
 
 
 # Threads
@@ -227,6 +251,24 @@ def test_closed_while_another_thread_generates(load: Load, monkeypatch: pytest.M
     assert not closing.is_alive()
     assert generation.finish_reason == "cancelled"
     assert len(generation.token_ids) < 40
+
+
+def test_closed_within_its_own_step(load: Load, plain: list[int], monkeypatch: pytest.MonkeyPatch) -> None:  # 72
+    """As a signal handler may do; and one that generates is told that it cannot."""
+    runtime = load()
+
+    def handler() -> None:
+        with pytest.raises(BusyError):
+            greedy(runtime)
+        runtime.close()
+        runtime.close()
+
+    hooked(runtime._loaded.target, "forward", 3, handler, monkeypatch)
+    generation = greedy(runtime)
+    assert generation.finish_reason == "cancelled"
+    assert generation.token_ids == plain[: len(generation.token_ids)]
+    with pytest.raises(ClosedError):
+        greedy(runtime)
 
 
 def test_closed_at_any_moment(load: Load, plain: list[int]) -> None:  # 72
