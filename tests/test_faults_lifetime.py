@@ -271,6 +271,23 @@ def test_closed_within_its_own_step(load: Load, plain: list[int], monkeypatch: p
         greedy(runtime)
 
 
+def test_closed_as_a_generation_begins(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # 72
+    runtime = load()
+    stream = runtime.stream(PROMPT, temperature=0.0)
+    open_or_raise, closing = runtime._open_or_raise, threading.Thread(target=runtime.close)
+
+    def find_it_open() -> object:
+        loaded = open_or_raise()
+        closing.start()
+        closing.join(0.05)  # it cannot end yet
+        return loaded
+
+    monkeypatch.setattr(runtime, "_open_or_raise", find_it_open)
+    assert stream.finish().finish_reason == "cancelled"
+    closing.join(60)
+    assert not closing.is_alive()
+
+
 def test_closed_at_any_moment(load: Load, plain: list[int]) -> None:  # 72
     for delay_ms in (0, 0.2, 0.5, 1, 2, 5, 10):
         runtime, results = load(), []
