@@ -12,6 +12,7 @@ from runtime.errors import EdgeError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 MAX_LINE_CHARS = 2000  # a message may quote a file's content
 
 
@@ -42,6 +43,10 @@ def run_command(name: str, body: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         _fail(name, "interrupted")
         return EXIT_INTERRUPTED
+    except SystemExit as ending:
+        if ending.code == EXIT_TERMINATED:
+            _fail(name, "terminated")
+        raise
     return 0
 
 
