@@ -168,7 +168,8 @@ def test_killed_after_it_was_published(  # 32
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGINT, 130, "edge-export: interrupted\n"), (signal.SIGTERM, 143, "edge-export: terminated\n")]
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "edge-export: interrupted\n"), (signal.SIGTERM, 143, "edge-export: terminated\n")],
 )
 @pytest.mark.parametrize(("place", "num_calls"), MOMENTS[2:8:2])
 def test_a_signal_leaves_nothing(  # 33
