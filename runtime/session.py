@@ -12,15 +12,18 @@ from profiles import DeviceProfile
 from runtime.errors import ArtifactError, InferenceError, RequestError
 from runtime.signature import Signature
 
+# the KV cache is written through one view and read through another in the same run: another device would copy both
+CPU = "CPUExecutionProvider"
+
 Array = npt.NDArray[Any]
 
 
 def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
-    """A session with the profile's threads on the first of its providers that this ONNX Runtime has.
+    """A session with the profile's threads on the CPU, the only provider that the KV cache works on so far.
 
     Raises:
         ArtifactError: ONNX Runtime refuses the graph.
-        RequestError: none of the profile's providers is available.
+        RequestError: the profile does not grant the CPU.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = profile.num_threads
@@ -30,15 +33,13 @@ def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
     options.enable_mem_pattern = False
     # threads of one session would go on spinning on the cores that the other one is about to use
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    available = set(ort.get_available_providers())
-    providers = [name for name in profile.providers if name in available]
-    if not providers:
+    if CPU not in profile.providers:
         raise RequestError(
-            f"profile {profile.name} asks for {', '.join(profile.providers)}; this onnxruntime has "
-            f"{', '.join(sorted(available))}; choose another profile or install the provider"
+            f"profile {profile.name} asks for {', '.join(profile.providers)}; this version runs on {CPU} alone, "
+            "add it to the profile's providers or choose another profile"
         )
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        return ort.InferenceSession(path, options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise ArtifactError(f"{path}: onnxruntime refuses the graph: {_first_line(error)}") from error
 

@@ -1,6 +1,13 @@
-"""Sessions over a growing KV cache must not grow themselves."""
+"""Sessions run on the CPU, and over a growing KV cache they do not grow themselves."""
 
+from dataclasses import replace
+
+import onnxruntime as ort
+import pytest
+
+from runtime.errors import RequestError
 from runtime.memory import memory_usage
+from runtime.session import CPU, open_session
 
 
 def test_memory_of_a_long_decode_is_the_cache_alone(open_tiny):
@@ -13,3 +20,14 @@ def test_memory_of_a_long_decode_is_the_cache_alone(open_tiny):
     grown = memory_usage().anonymous_bytes - before - (target.cache.nbytes - cache_before)
     # onnxruntime's memory patterns alone took 9 MB here; the arena may still round up for longer attention scores
     assert grown < 3e6
+
+
+def test_a_gpu_provider_never_gets_the_kv_cache(tiny_artifact, one_thread, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ort, "InferenceSession", lambda path, options, providers: asked.append(providers))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    both = replace(one_thread, providers=("CUDAExecutionProvider", CPU))
+    open_session(tiny_artifact("wide") / "decoder.onnx", both)
+    assert asked == [[CPU]]
+    with pytest.raises(RequestError, match="asks for CUDAExecutionProvider; this version runs on CPUExecutionProvider"):
+        open_session(tiny_artifact("wide") / "decoder.onnx", replace(one_thread, providers=("CUDAExecutionProvider",)))
