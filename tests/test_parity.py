@@ -8,14 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from runtime.generation import DraftCounts, Request, generate_blocks
 from runtime.sampling import SamplingParams
-from runtime.session import open_session
 from tests.checkpoints import SHAPES, TinyCheckpoint
-from tests.models import ONE_THREAD, TinyModels
+from tests.models import TinyModels, draft_graph
 from tests.reference import Reference
 
 # prompt lengths as (windows, tokens more)
@@ -87,11 +85,12 @@ def test_prefill_in_chunks_equals_one_go(
     reference(shape).hidden(token_ids).check(forward.hidden, slice(-1, None))
 
 
+@lengths
 def test_greedy_tokens_are_those_of_transformers(
-    shape: str, open_tiny: Callable[..., TinyModels], reference: Callable[[str], Reference]
+    shape: str, length: tuple[int, int], open_tiny: Callable[..., TinyModels], reference: Callable[[str], Reference]
 ) -> None:
     models = open_tiny(shape)
-    token_ids = make_prompt(models, LENGTHS["window-1"])
+    token_ids = make_prompt(models, length)
     request = Request(token_ids, 64, GREEDY, num_draft_tokens=0, prefill_chunk_tokens=128)
     blocks = generate_blocks(models.target, None, request, np.random.default_rng(), DraftCounts(), lambda: False)
     assert [token for block in blocks for token in block] == reference(shape).greedy(token_ids, 64)
@@ -125,18 +124,3 @@ def test_draft_burst(
         logits.check(found["candidate_logits"], ids)
         if "candidate_ids" in found:  # elsewhere the reference holds one constant, below every candidate
             assert sorted(ids) == np.flatnonzero(logits.exact > logits.exact.min()).tolist()
-
-
-def draft_graph(models: TinyModels, artifact: Path) -> Callable[[int, npt.NDArray[np.float32]], dict[str, npt.NDArray]]:
-    """drafter.onnx by its contract in `runtime.signature`: (token, state) -> outputs by name."""
-    session = open_session(artifact / "drafter.onnx", ONE_THREAD)
-    inputs, outputs = ({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
-    cache = models.target.cache
-    rows = {name: array[slice(*cache.draft_span(kind)[:2])] for kind, name, array in cache.arrays() if name in inputs}
-
-    def run(token_id: int, state: npt.NDArray[np.float32]) -> dict[str, npt.NDArray]:
-        embeds = np.concatenate([models.target.token_table.rows([token_id])[0], state])[None]
-        feeds = {"inputs_embeds": embeds, "position_ids": np.array([cache.num_tokens]), **rows}
-        return dict(zip(outputs, session.run(list(outputs), feeds), strict=True))
-
-    return run

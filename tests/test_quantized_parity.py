@@ -7,6 +7,7 @@ from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from quant.blockwise import BlockFormat, quantize_rows
 from runtime.tables import dequantize_rows
+from tests.models import draft_graph
 
 PLE_PROJECTIONS = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
 PROMPT = [2, 17, 300, 301, 5, 77, 130, 444, 9, 12, 13, 14, 200, 201, 202, 203, 3, 4, 8, 11, 100, 101]
@@ -38,36 +39,37 @@ def test_target_logits(tiny_checkpoint, open_tiny, shape, bits):
 
 
 @pytest.mark.parametrize("shape", ["wide", "irregular"])
-def test_drafter_candidates(tiny_checkpoint, open_tiny, shape):
+def test_drafter_candidates(tiny_checkpoint, tiny_artifact, open_tiny, shape):
     models = open_tiny(shape, 4, "float32")
     reference = Gemma4AssistantForCausalLM.from_pretrained(tiny_checkpoint(shape).assistant, dtype=torch.float32).eval()
     round_weights(reference, bits=8)  # a drafter never has fewer
     models.target.forward(PROMPT, num_kept=1)
     state = np.random.default_rng(0).standard_normal(models.manifest.model.hidden_size).astype(np.float32)
-    binding = models.drafter._bind()
-    models.drafter._state[0] = state
-    embedding = models.target.token_table.rows([7])[0]
-    models.drafter._input[0] = np.concatenate([embedding, state])
-    binding.run(models.target.run_options)
-
-    arrays = {name: (kind, array) for kind, name, array in models.target.cache.arrays()}
-    shared = {}
-    for layer in models.manifest.drafter.layers:
-        span = models.target.cache.draft_span(layer.kind)
-        parts = [
-            np.stack([arrays[f"{part}_{layer.kv_source}_{head}"][1][span.start : span.stop] for head in range(heads)])
-            for part in ("keys", "values")
-            for heads in [layer.num_kv_heads]
-        ]
-        shared[f"{layer.kind}_attention"] = tuple(torch.from_numpy(part)[None] for part in parts)
+    found = draft_graph(models, tiny_artifact(shape, 4, "float32"))(7, state)
     with torch.no_grad():
         expected = reference(
-            inputs_embeds=torch.from_numpy(models.drafter._input)[None],
+            inputs_embeds=torch.from_numpy(np.concatenate([models.target.token_table.rows([7])[0], state]))[None, None],
             position_ids=torch.tensor([[len(PROMPT)]]),
-            shared_kv_states=shared,
+            shared_kv_states=shared_kv(models),
         )
-    ids = models.drafter._ids if models.drafter._ids is not None else np.arange(models.manifest.model.vocab_size)
-    expected_logits = expected.logits[0, 0].numpy()[ids]
-    assert np.abs(models.drafter._logits - expected_logits).max() <= 1e-4 * np.ptp(expected_logits)
-    expected_state = expected.last_hidden_state[0].numpy()
-    assert np.abs(models.drafter._state - expected_state).max() <= 1e-4 * np.ptp(expected_state)
+    ids = found.get("candidate_ids", np.arange(models.manifest.model.vocab_size))
+    assert_close(found["candidate_logits"], expected.logits[0, 0].numpy()[ids])
+    assert_close(found["projected_state"], expected.last_hidden_state[0].numpy())
+
+
+def assert_close(found, expected):
+    assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
+
+
+def shared_kv(models):
+    """The rows that the drafter reads, as transformers passes them: by kind, [1, num_kv_heads, num_keys, head_dim]."""
+    arrays = {name: array for _, name, array in models.target.cache.arrays()}
+    shared = {}
+    for layer in models.manifest.drafter.layers:
+        rows = slice(*models.target.cache.draft_span(layer.kind)[:2])
+        heads = range(layer.num_kv_heads)
+        shared[f"{layer.kind}_attention"] = tuple(
+            torch.from_numpy(np.stack([arrays[f"{part}_{layer.kv_source}_{head}"][rows] for head in heads]))[None]
+            for part in ("keys", "values")
+        )
+    return shared
