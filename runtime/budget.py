@@ -9,29 +9,38 @@ from runtime.model_config import ModelConfig
 # onnxruntime packs quantized weights into heap memory of up to this many times the file (measured, 4 bits, block 32)
 PREPACK_FACTOR = 1.2
 SESSION_BYTES = 96 << 20  # interpreter, libraries and graphs: anonymous memory of an idle runtime, rounded up
+# attention scores, their masks and what the arena keeps of shorter ones (measured on E2B, 2,000 and 6,000 tokens)
+SCORE_COPIES = 6
 
 
 def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: int) -> int:
     """Tokens of context within the budget, the profile's cap and the model's own limit.
 
-    The estimate counts packed weights, one prefill chunk's activations and KV rows as anonymous memory.
-
     Raises:
         MemoryBudgetError: not even one growth step of the cache fits.
     """
-    model, chunk = manifest.model, max_new_tokens(profile)
-    wanted = min(profile.context_tokens, model.context_tokens)
-    fixed = _weight_bytes(manifest) + SESSION_BYTES + activation_bytes(model, chunk) + sliding_bytes(model, chunk)
-    # a chunk's attention scores and mask grow with the context too
-    per_token = full_bytes_per_token(model) + 4 * chunk * (model.num_heads + 1)
+    wanted = min(profile.context_tokens, manifest.model.context_tokens)
     least = min(wanted, GROWTH_TOKENS)
-    needed = fixed + least * per_token
+    needed = planned_bytes(manifest, profile, least)
     if needed > budget_bytes:
         raise MemoryBudgetError(
             f"{profile.name}: the model needs {_mib(needed)} for {least:,} tokens of context, the budget is "
             f"{_mib(budget_bytes)}; raise memory_budget or export with fewer bits"
         )
-    return int(min(wanted, (budget_bytes - fixed) // per_token))
+    left = budget_bytes - planned_bytes(manifest, profile, 0)
+    return min(wanted, left // _bytes_per_token(manifest.model, profile))
+
+
+def planned_bytes(manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> int:
+    """An upper estimate of anonymous memory with a full context: packed weights, one chunk's activations, KV rows."""
+    model, num_new = manifest.model, max_new_tokens(profile)
+    fixed = _weight_bytes(manifest) + SESSION_BYTES + activation_bytes(model, num_new) + sliding_bytes(model, num_new)
+    return fixed + context_tokens * _bytes_per_token(model, profile)
+
+
+def _bytes_per_token(model: ModelConfig, profile: DeviceProfile) -> int:
+    """Bytes that each token of context adds: KV rows, and attention scores of one chunk."""
+    return full_bytes_per_token(model) + 4 * max_new_tokens(profile) * (SCORE_COPIES * model.num_heads + 2)
 
 
 def max_new_tokens(profile: DeviceProfile) -> int:

@@ -102,7 +102,7 @@ class Runtime:
         """Generates until an end-of-sequence token, a stop string, `max_tokens` or the end of the context.
 
         Defaults come from the checkpoint's generation configuration; temperature 0 is greedy. Drafting changes the
-        speed, never the distribution: `num_draft_tokens` 0 turns it off.
+        speed, never the distribution: `num_draft_tokens` 0 turns it off. An artifact without a drafter drafts nothing.
 
         Args:
             prompt: text, before which BOS is put, or token ids, taken as they are
