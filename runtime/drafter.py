@@ -47,7 +47,6 @@ class DrafterModel:
 
     def __init__(self, session: ort.InferenceSession, drafter: DrafterConfig, target: TargetModel) -> None:
         self._session = session
-        self._drafter = drafter
         self._target = target
         backbone = drafter.backbone_hidden_size
         self._input = float_buffer(1, 2 * backbone)

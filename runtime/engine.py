@@ -20,7 +20,7 @@ from runtime.drafter import DrafterModel
 from runtime.errors import ArtifactError, BusyError, ClosedError, RequestError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
-from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
+from runtime.manifest import Manifest, read_manifest, verify_digests
 from runtime.sampling import SamplingParams
 from runtime.session import check_signature, open_session
 from runtime.signature import Signature, decoder_signature, drafter_signature
@@ -82,7 +82,6 @@ class Runtime:
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
-        check_files(folder, manifest)  # cheap, and before the budget: sizes must be true
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         verify_digests(folder, manifest, cache=user_cache_folder())
         return cls(manifest, device, context_tokens, _open(folder, manifest, device, context_tokens))
