@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling (default: the model's)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest (default: the model's)")
     parser.add_argument(
-        "--num-draft-tokens", type=int, metavar="K", help="drafts a step, 0 for none (default: profile)"
+        "--num-draft-tokens", type=int, metavar="K", help="drafts a step, 0 for none (default: as many as pay)"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")

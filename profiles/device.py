@@ -52,7 +52,7 @@ class DeviceProfile:
     """What a device grants. Exactly one of `memory_budget_bytes` and `memory_fraction` is not None.
 
     `providers` are ONNX Runtime's names, in order of preference. `num_threads` 0 means all physical cores
-    available to the process. `num_draft_tokens` 0 means no drafting.
+    available to the process. `num_draft_tokens` is the most that are drafted in a round, 0 means no drafting.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """How many tokens to draft next, and from which source: what the evidence so far and the costs of this device favour.
 
-Knows no models, clocks or random numbers: equal costs and outcomes give equal choices, so seeded sampling is repeatable.
+Knows no models, clocks or random numbers: equal costs and outcomes give equal choices, and a seed equal samples.
 
 Source: Leviathan et al., arXiv 2211.17192, section 3 (expected tokens of a verify step, for one acceptance rate).
 """
@@ -17,8 +17,8 @@ PRIOR_ROUNDS = 2.0  # rounds of evidence that this guess counts as
 # A round's evidence counts for half after 14 further rounds and for all rounds together at most 20: long enough that
 # chance moves the length by about one, short enough to follow the text from prose into a table.
 MEMORY = 0.95
-# What is known of drafts that did not pay is old once they are probed and counts as this many rounds: with more it takes
-# long to believe in a change, with less one lucky probe does.
+# What is known of drafts that did not pay is old once they are probed and counts as this many rounds: with more it
+# takes long to believe in a change, with less one lucky probe does.
 OLD_EVIDENCE_ROUNDS = 3.0
 # A position is believed to do as well as the one before it, as strongly as this many rounds of its own evidence.
 NEIGHBOUR_ROUNDS = 1.0
@@ -61,9 +61,9 @@ class StepCosts:
 class Offer(NamedTuple):
     """What a source can give in a round: at most `num_drafts`, the first of them at a place of its own scale.
 
-    Drafts behind each other stand at places behind each other, and evidence is kept by place. A drafter's first draft
-    is always at 0; a lookup's is the further the longer its match is, as the second token of a short match is as good as
-    the first of one that is a token longer.
+    Drafts behind each other are at places behind each other, and evidence is kept by place. A drafter's first draft is
+    always at 0; a lookup's is the further the longer its match, as the second token behind a short match is as good as
+    the first behind one that is a token longer.
     """
 
     num_drafts: int
@@ -125,35 +125,31 @@ class Acceptance:
 
 @dataclass(slots=True)
 class _Source:
-    """What the policy keeps of a source: acceptance, costs, time saved up for a probe, and whether one surprised."""
+    """What the policy keeps of a source."""
 
     acceptance: Acceptance
     round_seconds: list[float]  # of 0, 1, ... drafts
-    credit: float
+    credit: float  # seconds saved up for a probe
     surprising: Choice | None = None  # a probe under way that would surprise if it stood
 
 
 class DraftPolicy:
     """Chooses for one generation; `observe` follows each `choose`."""
 
-    def __init__(self, costs: StepCosts, limit: int, num_lookup_places: int = 1) -> None:
+    def __init__(self, costs: StepCosts, limit: int, num_places: int = 1) -> None:
         """Knows nothing of the text yet, and has credit for a first probe.
 
         Args:
             costs: of this device
             limit: the most drafts of a round
-            num_lookup_places: places at which a lookup's drafts may stand
+            num_places: at which a lookup's drafts may be
         """
         self.costs = costs
         self.limit = limit
         self._plain_seconds = costs.round_seconds("plain", 0)
-        self._sources: dict[Source, _Source] = {
-            name: _Source(
-                Acceptance(num_places),
-                [costs.round_seconds(name, num_drafts) for num_drafts in range(limit + 1)],
-                credit=self._plain_seconds,
-            )
-            for name, num_places in (("drafter", max(limit, 1)), ("lookup", num_lookup_places))
+        self._sources = {
+            "drafter": self._source("drafter", max(limit, 1)),
+            "lookup": self._source("lookup", num_places),
         }
 
     def choose(self, offers: Mapping[Source, Offer]) -> Choice:
@@ -182,6 +178,10 @@ class DraftPolicy:
         if choice == source.surprising and num_accepted == choice.num_drafts:
             source.credit = math.inf
         source.surprising = None
+
+    def _source(self, name: Source, num_places: int) -> _Source:
+        round_seconds = [self.costs.round_seconds(name, num_drafts) for num_drafts in range(self.limit + 1)]
+        return _Source(Acceptance(num_places), round_seconds, credit=self._plain_seconds)
 
     def _expected_tokens(self, name: Source, offer: Offer) -> list[float]:
         """Of a round of 0, 1, ... drafts of a source."""

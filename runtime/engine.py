@@ -16,14 +16,16 @@ import onnxruntime as ort
 from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
 from runtime.budget import context_that_fits, max_new_tokens
 from runtime.chat import ChatTemplate, plain_messages
+from runtime.draft_policy import StepCosts
 from runtime.drafter import DrafterModel
-from runtime.errors import ArtifactError, BusyError, ClosedError, RequestError
+from runtime.errors import ArtifactError, BusyError, ClosedError, InferenceError, RequestError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
 from runtime.manifest import Manifest, read_manifest, verify_digests
 from runtime.sampling import SamplingParams
 from runtime.session import check_signature, open_session
 from runtime.signature import Signature, decoder_signature, drafter_signature
+from runtime.step_costs import costs_record, measure_step_costs, recall_costs, remember_costs
 from runtime.stream import Generation, GenerationRun, GenerationStream
 from runtime.tables import RowTable
 from runtime.target import TargetModel
@@ -41,6 +43,7 @@ class _Loaded:
     drafter: DrafterModel | None
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    costs: StepCosts | None = None  # None where the profile grants no drafts
 
     def close(self) -> None:
         self.target.token_table.close()
@@ -67,7 +70,8 @@ class Runtime:
     ) -> Self:
         """Opens an artifact within the memory that the profile grants.
 
-        Every file is checked against the manifest; digests are computed when a file is first seen or has changed.
+        Every file is checked against the manifest; digests are computed when a file is first seen or has changed. The
+        first load also measures, for a part of a second, what drafting costs on this machine.
 
         Args:
             path: an artifact folder, as `edge-export` makes it
@@ -78,13 +82,17 @@ class Runtime:
             ArtifactError: a file is damaged, missing or of another version.
             MemoryBudgetError: the budget leaves no room for a context.
             ProfileError: the profile is unknown or not usable.
+            InferenceError: the model does not run.
         """
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         verify_digests(folder, manifest, cache=user_cache_folder())
-        return cls(manifest, device, context_tokens, _open(folder, manifest, device, context_tokens))
+        loaded = _open(folder, manifest, device, context_tokens)
+        if device.num_draft_tokens > 0:
+            loaded.costs = _step_costs(folder, loaded, device)
+        return cls(manifest, device, context_tokens, loaded)
 
     def generate(
         self,
@@ -101,10 +109,12 @@ class Runtime:
         """Generates until an end-of-sequence token, a stop string, `max_tokens` or the end of the context.
 
         Defaults come from the checkpoint's generation configuration; temperature 0 is greedy. Drafting changes the
-        speed, never the distribution: `num_draft_tokens` 0 turns it off. An artifact without a drafter drafts nothing.
+        speed, never the distribution. Without a drafter the artifact drafts only what the text repeats.
 
         Args:
             prompt: text, before which BOS is put, or token ids, taken as they are
+            num_draft_tokens: so many drafts of the drafter in every round, 0 for none; None for as many, of the drafter
+                or of what the text repeats, as pay by what stood so far, up to the profile's number
 
         Raises:
             RequestError: the prompt or an option cannot be served.
@@ -150,6 +160,7 @@ class Runtime:
             params=params,
             num_draft_tokens=self._num_draft_tokens(num_draft_tokens),
             prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
+            costs=loaded.costs if num_draft_tokens is None else None,
         )
         if seed is not None and (type(seed) is not int or seed < 0):
             raise RequestError(f"seed is {reprlib.repr(seed)}, expected an integer >= 0")
@@ -328,6 +339,23 @@ def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_toke
         session = _open_graph(folder / "drafter.onnx", profile, drafter_signature(manifest.drafter))
         drafter = DrafterModel(session, manifest.drafter, target)
     return _Loaded(target, drafter, tokenizer, template)
+
+
+def _step_costs(folder: Path, loaded: _Loaded, profile: DeviceProfile) -> StepCosts:
+    """What rounds cost on this machine: remembered, or measured now."""
+    target, drafter, cache = loaded.target, loaded.drafter, user_cache_folder()
+    record = costs_record(cache, folder / "manifest.json", profile.num_threads) if cache is not None else None
+    if record is not None and (costs := recall_costs(record, has_drafter=drafter is not None)) is not None:
+        return costs
+    try:
+        costs = measure_step_costs(target, drafter, target.model.bos_token_id, target.cache.max_tokens)
+    except InferenceError:
+        loaded.close()
+        raise
+    target.cache.clear()
+    if record is not None and (costs.draft_seconds is None) == (drafter is None):
+        remember_costs(record, costs)
+    return costs
 
 
 def _open_graph(path: Path, profile: DeviceProfile, signature: Signature) -> ort.InferenceSession:

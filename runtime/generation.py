@@ -4,18 +4,24 @@ Source: Leviathan et al., arXiv 2211.17192 (verification); transformers 5.22 `_a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
-from runtime.errors import InferenceError
-from runtime.sampling import SamplingParams, Verdict, check_logits, verify_greedy, verify_sampled
+from runtime.drafting import AdaptiveDrafting, DraftCounts, Drafter, Drafting, FixedDrafting, LastingDrafter
+from runtime.sampling import (
+    SamplingParams,
+    Top,
+    Verdict,
+    check_logits,
+    likeliest_tokens,
+    verify_greedy,
+    verify_sampled,
+)
 from runtime.target import Forward
-
-Float32 = npt.NDArray[np.float32]
 
 
 class Target(Protocol):
@@ -30,59 +36,19 @@ class Target(Protocol):
         ...
 
 
-class Drafter(Protocol):
-    """What the loop needs of a drafter."""
-
-    def draft(
-        self,
-        last_token_id: int,
-        hidden: Float32,
-        num_draft_tokens: int,
-        params: SamplingParams,
-        rng: np.random.Generator,
-    ) -> list[Draft]:
-        """At most `num_draft_tokens` tokens behind `last_token_id`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be generated; `max_tokens` already fits the context."""
+    """What is to be generated; `max_tokens` already fits the context.
+
+    With `costs` as many tokens are drafted as pay, `num_draft_tokens` at most; without, so many in every round.
+    """
 
     prompt_ids: Sequence[int]
     max_tokens: int
     params: SamplingParams
     num_draft_tokens: int
     prefill_chunk_tokens: int
-
-
-@dataclass(slots=True)
-class DraftCounts:
-    """What drafting did; `accepted_histogram[n]` counts the verify steps that accepted n drafts."""
-
-    num_drafted: int = 0
-    num_accepted: int = 0
-    num_verify_steps: int = 0
-    num_drafter_faults: int = 0
-    accepted_histogram: list[int] = field(default_factory=list)
-
-    def count(self, num_drafted: int, num_accepted: int) -> None:
-        """Counts one forward of the target behind the prefill."""
-        self.num_verify_steps += 1
-        self.num_drafted += num_drafted
-        self.num_accepted += num_accepted
-        self.accepted_histogram += [0] * (num_accepted + 1 - len(self.accepted_histogram))
-        self.accepted_histogram[num_accepted] += 1
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted / drafted; 0 where nothing was drafted."""
-        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens each verify step yields: 1 + accepted / verify steps."""
-        return 1 + self.num_accepted / self.num_verify_steps if self.num_verify_steps else 0.0
+    costs: StepCosts | None = None
 
 
 def generate_blocks(
@@ -102,36 +68,35 @@ def generate_blocks(
     forward = _prefill(target, request, cancelled)
     if forward is None:
         return
-    verdict = _verify([], forward.logits, request.params, rng, step=0)
+    verdict = _verify([], forward, request.params, rng, step=0)
     block = [verdict.next_token_id]
     hidden = forward.hidden[-1]
     num_left = request.max_tokens - 1
     yield block
 
     # decode
+    drafting = _drafting(LastingDrafter(drafter, request.params, rng, counts, cancelled), request, block)
     while num_left > 0 and not cancelled():
-        num_drafts = min(request.num_draft_tokens, num_left - 1)
-        drafts: list[Draft] = []
-        if drafter is not None and num_drafts > 0:
-            try:
-                drafts = drafter.draft(block[-1], hidden, num_drafts, request.params, rng)
-                counts.num_drafter_faults += len(drafts) < num_drafts
-            except InferenceError:
-                if cancelled():  # a terminated run fails
-                    return
-                counts.num_drafter_faults += 1
-                drafter = None  # a drafter that failed is not asked again
+        drafts = drafting.propose(block[-1], hidden, num_left - 1)
         if cancelled():
             return
         draft_ids = [draft.token_id for draft in drafts]
         forward = target.forward([block[-1], *draft_ids], num_kept=len(draft_ids) + 1)
-        verdict = _verify(drafts, forward.logits, request.params, rng, step=counts.num_verify_steps + 1)
-        counts.count(len(draft_ids), verdict.num_accepted)
-        target.trim(len(draft_ids) - verdict.num_accepted)
-        block = [*draft_ids[: verdict.num_accepted], verdict.next_token_id]
-        hidden = forward.hidden[verdict.num_accepted]
+        verdict = _verify(drafts, forward, request.params, rng, step=counts.num_verify_steps + 1)
+        num_accepted = verdict.num_accepted
+        target.trim(len(draft_ids) - num_accepted)
+        block = [*draft_ids[:num_accepted], verdict.next_token_id]
+        counts.count(len(draft_ids), num_accepted, drafting.observe(block, num_accepted))
+        hidden = forward.hidden[num_accepted]
         num_left -= len(block)
         yield block
+
+
+def _drafting(drafter: LastingDrafter, request: Request, first_block: Sequence[int]) -> Drafting:
+    if request.costs is None:
+        return FixedDrafting(drafter, request.num_draft_tokens)
+    token_ids = [*request.prompt_ids, *first_block]
+    return AdaptiveDrafting(drafter, token_ids, request.num_draft_tokens, request.costs, request.params)
 
 
 def _prefill(target: Target, request: Request, cancelled: Callable[[], bool]) -> Forward | None:
@@ -145,12 +110,17 @@ def _prefill(target: Target, request: Request, cancelled: Callable[[], bool]) ->
 
 
 def _verify(
-    drafts: Sequence[Draft], logits: Float32, params: SamplingParams, rng: np.random.Generator, step: int
+    drafts: Sequence[Draft], forward: Forward, params: SamplingParams, rng: np.random.Generator, step: int
 ) -> Verdict:
     """How many drafts stand, and the target's own next token."""
-    check_logits(logits, step)
+    logits, top = forward.logits, None
+    if forward.top_logits is not None and forward.top_ids is not None:
+        top = Top(forward.top_logits, forward.top_ids)
+    elif params.is_greedy:
+        top = likeliest_tokens(logits)
+    check_logits(logits, step, top)
     draft_ids = [draft.token_id for draft in drafts]
     if params.is_greedy:
-        return verify_greedy(draft_ids, logits)
+        return verify_greedy(draft_ids, logits, top)
     drawn_from = [draft.distribution for draft in drafts if draft.distribution is not None]
-    return verify_sampled(draft_ids, drawn_from, logits, params, rng)
+    return verify_sampled(draft_ids, drawn_from, logits, params, rng, top)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 # Two tokens in a row are the fewest that say where in the text one is; a match of one is mostly chance.
 MIN_MATCH = 2
-# The longer the match, the more of what follows is the same: 40 % of the first tokens behind a match of 2 tokens of Python
-# code, 57 % of 4, 82 % of 8 and more. Among places that match this far the latest wins.
+# The longer the match, the more of what follows is the same: in Python code 40 % of the first tokens behind a match of
+# 2 tokens, 57 % of 4, 82 % of 8 and more. Among places that match this far the latest wins.
 MAX_MATCH = 8
 # Places of the last two tokens that are compared, latest first: bounds the work where a pair is everywhere.
 MAX_PLACES = 16
@@ -20,7 +20,7 @@ NUM_PLACES = MAX_MATCH - MIN_MATCH + 1  # lengths of match between which the pol
 
 
 class Match(NamedTuple):
-    """What followed where the last tokens stood before, and how many of them are the same there, at most `MAX_MATCH`."""
+    """What followed where the last tokens stood before, and how many of them are the same there, up to `MAX_MATCH`."""
 
     token_ids: list[int]
     length: int

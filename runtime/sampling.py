@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,16 @@ class Distribution:
         return int(self.token_ids[min(index, len(cumulative) - 1)])
 
 
+class Top(NamedTuple):
+    """The best candidates of each row of logits, so that no work here grows with the vocabulary.
+
+    By logit descending, then id ascending. A row of logits that holds a NaN has NaN for all of its own.
+    """
+
+    logits: FloatArray  # [num_rows, num_candidates]
+    ids: IdArray  # [num_rows, num_candidates]
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The outcome of one verify step: accepted drafts, then one token of the target's own."""
@@ -89,18 +99,29 @@ def distribution(logits: FloatArray, params: SamplingParams, token_ids: IdArray 
     return Distribution(indices if token_ids is None else token_ids[indices], probabilities)
 
 
-def verify_greedy(draft_ids: Sequence[int], target_logits: FloatArray) -> Verdict:
+def likeliest_tokens(logits: FloatArray) -> Top:
+    """The one best candidate of each row; its value is NaN where any logit of the row is.
+
+    Args:
+        logits: [num_rows, vocab_size]
+    """
+    ids = np.argmax(logits, axis=-1, keepdims=True)  # of a NaN where there is one
+    return Top(np.take_along_axis(logits, ids, axis=-1), ids)
+
+
+def verify_greedy(draft_ids: Sequence[int], target_logits: FloatArray, top: Top | None = None) -> Verdict:
     """Accepts drafts while they are the target's likeliest token.
 
     Args:
         draft_ids: The drafted tokens.
         target_logits: [len(draft_ids) + 1, vocab_size]; row i scores the token at the place of draft i.
+        top: The best candidates of these rows, where they are known.
     """
+    likeliest: list[int] = (likeliest_tokens(target_logits) if top is None else top).ids[:, 0].tolist()
     for position, draft_id in enumerate(draft_ids):
-        likeliest = int(np.argmax(target_logits[position]))
-        if likeliest != draft_id:
-            return Verdict(position, likeliest)
-    return Verdict(len(draft_ids), int(np.argmax(target_logits[len(draft_ids)])))
+        if likeliest[position] != draft_id:
+            return Verdict(position, likeliest[position])
+    return Verdict(len(draft_ids), likeliest[len(draft_ids)])
 
 
 def verify_sampled(
@@ -109,6 +130,7 @@ def verify_sampled(
     target_logits: FloatArray,
     params: SamplingParams,
     rng: np.random.Generator,
+    top: Top | None = None,
 ) -> Verdict:
     """Accepts drafts so that what comes out is distributed as if the target alone had been sampled.
 
@@ -118,27 +140,45 @@ def verify_sampled(
         target_logits: [len(draft_ids) + 1, vocab_size]; row i scores the token at the place of draft i.
         params: The target's sampling parameters.
         rng: The one source of randomness.
+        top: The best candidates of the target's rows, where they are known.
     """
     for position, (draft_id, draft) in enumerate(zip(draft_ids, draft_distributions, strict=True)):
-        target = distribution(target_logits[position], params)
+        target = row_distribution(target_logits, position, params, top)
         # With p the target's and q the drafter's probability of the draft: accept with probability min(1, p / q);
         # at the first rejection draw from norm(max(p - q, 0)), after none draw from the target's last row.
         if not rng.random() * draft.probability_of(draft_id) < target.probability_of(draft_id):
             return Verdict(position, _residual(target, draft).sample(rng))
-    return Verdict(len(draft_ids), distribution(target_logits[len(draft_ids)], params).sample(rng))
+    last = row_distribution(target_logits, len(draft_ids), params, top)
+    return Verdict(len(draft_ids), last.sample(rng))
 
 
-def check_logits(logits: FloatArray, step: int) -> None:
+def row_distribution(logits: FloatArray, row: int, params: SamplingParams, top: Top | None) -> Distribution:
+    """`distribution` of one row, from its best candidates where they hold all that can be drawn.
+
+    They do for a top-k among them where none but they can tie with the k-th: it is above the last of them.
+    """
+    if top is not None and not params.is_greedy and 0 < params.top_k < top.ids.shape[1]:
+        values = top.logits[row]
+        kth = values[params.top_k - 1]
+        if kth > values[-1]:
+            num_likeliest = int(np.count_nonzero(values >= kth))
+            probabilities = _nucleus(_softmax(values[:num_likeliest], params.temperature), params.top_p)
+            return Distribution(top.ids[row, : len(probabilities)], probabilities)
+    return distribution(logits[row], params)
+
+
+def check_logits(logits: FloatArray, step: int, top: Top | None = None) -> None:
     """Raises InferenceError where the largest logit of a row is NaN or infinite.
 
     Args:
         logits: [vocab_size] or [num_rows, vocab_size].
         step: The generation step that the message names.
+        top: The best candidates of these rows, where they are known.
     """
     # The maximum is NaN where any logit is; a lone -inf is a masked token and passes.
-    peaks = np.atleast_1d(logits.max(axis=-1))
+    peaks = np.atleast_1d(logits.max(axis=-1)) if top is None else top.logits[:, 0]
     for row, peak in enumerate(peaks.tolist()):
-        if not np.isfinite(peak):
+        if not math.isfinite(peak):
             raise InferenceError(
                 f"step {step}: the largest of {logits.shape[-1]:,} logits in row {row} is {peak}; "
                 "the model overflowed or every token is masked: export it again or choose another precision"

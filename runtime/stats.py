@@ -4,13 +4,21 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.generation import DraftCounts
+from runtime.draft_policy import StepCosts
+from runtime.drafting import DraftCounts
 from runtime.memory import PeakMemory
+
+SAMPLE_SECONDS = 0.05  # a sample reads /proc, which takes as long as all else that a step does here
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """Figures of one generation; peaks are the process's, sampled between steps."""
+    """Figures of one generation; peaks are the process's, sampled between steps.
+
+    Verify steps are counted by where their drafts came from. `drafted_histogram[n]` counts those with n drafts,
+    `accepted_histogram[n]` those where n stood; `acceptance_by_position[i]` is the share of drafts i that stood where
+    all before did. `step_costs` are those by which the lengths were chosen, None where the length was given.
+    """
 
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -21,9 +29,15 @@ class GenerationStats:
     num_accepted: int
     num_verify_steps: int
     num_drafter_faults: int
+    num_plain_steps: int
+    num_drafter_steps: int
+    num_lookup_steps: int
+    drafted_histogram: tuple[int, ...]
     accepted_histogram: tuple[int, ...]
+    acceptance_by_position: tuple[float, ...]
     acceptance_rate: float
     mean_acceptance_length: float
+    step_costs: StepCosts | None
     peak_anonymous_bytes: int
     peak_mapped_bytes: int
 
@@ -31,13 +45,15 @@ class GenerationStats:
 class StatsRecorder:
     """Takes times and memory while a generation runs."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, costs: StepCosts | None = None) -> None:
         self.counts = DraftCounts()
+        self._costs = costs
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
         self._peak = PeakMemory()
         self._start = time.perf_counter()
         self._first = self._last = self._start
+        self._next_sample = self._start
 
     def step(self, num_tokens: int) -> None:
         """Notes that a step has yielded tokens."""
@@ -45,12 +61,15 @@ class StatsRecorder:
         if self._num_tokens == 0:
             self._first = self._last
         self._num_tokens += num_tokens
-        self._peak.sample()
+        if self._last >= self._next_sample:
+            self._peak.sample()
+            self._next_sample = self._last + SAMPLE_SECONDS
 
     def finish(self, num_generated_tokens: int) -> GenerationStats:
         """The figures; `num_generated_tokens` leaves out what followed a stop."""
         counts, prefill_seconds = self.counts, self._first - self._start
         decode_seconds = self._last - self._first
+        self._peak.sample()
         return GenerationStats(
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=num_generated_tokens,
@@ -59,6 +78,7 @@ class StatsRecorder:
             time_to_first_token_ms=prefill_seconds * 1e3,
             peak_anonymous_bytes=self._peak.usage.anonymous_bytes,
             peak_mapped_bytes=self._peak.usage.mapped_bytes,
+            step_costs=self._costs,
             **_draft_figures(counts),
         )
 
@@ -69,7 +89,12 @@ def _draft_figures(counts: DraftCounts) -> dict[str, Any]:
         "num_accepted": counts.num_accepted,
         "num_verify_steps": counts.num_verify_steps,
         "num_drafter_faults": counts.num_drafter_faults,
+        "num_plain_steps": counts.num_steps["plain"],
+        "num_drafter_steps": counts.num_steps["drafter"],
+        "num_lookup_steps": counts.num_steps["lookup"],
+        "drafted_histogram": tuple(counts.drafted_histogram),
         "accepted_histogram": tuple(counts.accepted_histogram),
+        "acceptance_by_position": tuple(counts.acceptance_by_position),
         "acceptance_rate": counts.acceptance_rate,
         "mean_acceptance_length": counts.mean_acceptance_length,
     }

@@ -147,7 +147,7 @@ class GenerationRun:
 
     def pieces(self) -> Generator[str, None, None]:
         """Generates; yields text as it becomes certain."""
-        recorder = StatsRecorder(len(self._request.prompt_ids))
+        recorder = StatsRecorder(len(self._request.prompt_ids), self._request.costs)
         self._thread = threading.current_thread()
         target, drafter = self._host.claim(self)
         self._run_options = target.run_options

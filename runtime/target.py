@@ -22,6 +22,10 @@ class Forward(NamedTuple):
 
     logits: Float32  # [num_kept, vocab_size]
     hidden: Float32  # [num_kept, hidden_size], after the final norm
+    # the best candidates, [num_kept, num_candidates] by value descending, then id ascending, NaN in a row with a NaN;
+    # None where the graph does not give them
+    top_logits: Float32 | None = None
+    top_ids: npt.NDArray[np.int64] | None = None
 
 
 class TargetModel:

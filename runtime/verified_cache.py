@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ def recall(record: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def remember(record: Path, stamps: dict[str, list[Any]]) -> None:
+def remember(record: Path, content: Mapping[str, Any]) -> None:
     """Replaces the record atomically, or does nothing where the cache cannot be written."""
     with contextlib.suppress(OSError):
         record.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=record.stem, dir=record.parent)
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(stamps, file)
+                json.dump(content, file)
             Path(name).replace(record)
         finally:
             Path(name).unlink(missing_ok=True)

@@ -253,6 +253,7 @@ def accept_every_candidate(
     target_logits: npt.NDArray[np.float32],
     params: SamplingParams,
     rng: np.random.Generator,
+    top: object = None,
 ) -> Verdict:
     """Broken: a draft stands wherever the target could have drawn it."""
     for position, (draft_id, row) in enumerate(zip(draft_ids, target_logits, strict=False)):

@@ -115,7 +115,7 @@ def test_text_whose_ids_the_model_lacks(runtime: Runtime, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_a_window_of_few_rows_and_many_drafts(load: Load, plain: list[int], chunk: int) -> None:  # 69
     runtime = load(prefill_chunk_tokens=chunk, num_draft_tokens=16)
-    assert greedy(runtime).token_ids == plain
+    assert greedy(runtime).token_ids == greedy(runtime, num_draft_tokens=16).token_ids == plain
 
 
 def test_a_profile_cannot_ask_for_more_drafts_than_an_option() -> None:
@@ -188,8 +188,9 @@ def test_a_drafter_of_nan_changes_nothing(  # 65
     tiny_checkpoint: Callable[[str], Any], tmp_path: Path, load: Load, plain: list[int]
 ) -> None:
     runtime = load(damaged(tiny_checkpoint, tmp_path, "assistant", OVERFLOWING))
+    assert greedy(runtime).token_ids == plain
     for temperature in (0.0, 1.0):
-        generation = greedy(runtime, temperature=temperature, seed=3)
+        generation = greedy(runtime, temperature=temperature, seed=3, num_draft_tokens=3)
         stats = generation.stats
         assert (stats.num_drafted, stats.num_accepted) == (0, 0)
         # the last step needs no draft
@@ -222,7 +223,7 @@ def test_a_drafter_that_fails_midway(  # 58
     drafter = runtime._loaded.drafter
     failing = FailingSession(drafter._session, num_runs)
     monkeypatch.setattr(drafter, "_session", failing)
-    generation = greedy(runtime)
+    generation = greedy(runtime, num_draft_tokens=3)
     assert generation.token_ids == plain
     assert generation.finish_reason == "length"
     assert generation.stats.num_drafter_faults == 1

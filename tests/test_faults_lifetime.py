@@ -25,7 +25,7 @@ def test_cancelled_by_the_runtime(  # 70
     runtime: Runtime, owner: str, name: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hooked(getattr(runtime._loaded, owner), name, number, runtime.cancel, monkeypatch)
-    generation = greedy(runtime, LONG_PROMPT)
+    generation = greedy(runtime, LONG_PROMPT, num_draft_tokens=3)
     assert generation.finish_reason == "cancelled"
     assert len(generation.token_ids) < 40
     assert generation.stats.num_drafter_faults == 0

@@ -53,7 +53,7 @@ def test_what_the_profiles_grant() -> None:
     assert (laptop.num_threads, phone.num_threads) == (0, 4)
     assert [profile.context_tokens for profile in (laptop, phone, gpu)] == [8192, 4096, 32768]
     assert [profile.prefill_chunk_tokens for profile in (laptop, phone, gpu)] == [512, 128, 1024]
-    assert [profile.num_draft_tokens for profile in (laptop, phone, gpu)] == [3, 2, 4]
+    assert [profile.num_draft_tokens for profile in (laptop, phone, gpu)] == [7, 7, 7]
     assert laptop.providers == phone.providers == ("CPUExecutionProvider",)
     assert gpu.providers == ("WebGpuExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 
