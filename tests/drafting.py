@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
 from runtime.generation import DraftCounts, Drafter, Request, Target, generate_blocks
 from runtime.sampling import SamplingParams, distribution
@@ -14,6 +15,8 @@ from runtime.target import Forward
 Float32 = npt.NDArray[np.float32]
 GREEDY = SamplingParams(temperature=0.0)
 ONE_GO = 1 << 20  # a prefill chunk that holds any prompt
+# drafting pays at almost any rate, and what pays best changes with it
+CHEAP_DRAFTS = StepCosts((1.0, 1.02, 1.08, 1.15, 1.22, 1.32, 1.5, 1.8, 1.9), 0.015)
 
 
 class RecordingTarget:
@@ -112,9 +115,10 @@ def decode(
     *,
     params: SamplingParams = GREEDY,
     seed: int = 0,
+    costs: StepCosts | None = None,
 ) -> Decoding:
     """Runs the loop to its end; the target's cache must be empty."""
-    request = Request(prompt_ids, max_tokens, params, num_draft_tokens, ONE_GO)
+    request = Request(prompt_ids, max_tokens, params, num_draft_tokens, ONE_GO, costs)
     counts = DraftCounts()
     blocks = list(generate_blocks(target, drafter, request, np.random.default_rng(seed), counts, lambda: False))
     return Decoding([token for block in blocks for token in block], np.array(target.rows), counts)

@@ -12,9 +12,19 @@ import pytest
 from scipy.stats import chisquare
 
 from runtime import generation
+from runtime.draft_policy import StepCosts
 from runtime.generation import Drafter
 from runtime.sampling import Distribution, SamplingParams, Verdict, distribution
-from tests.drafting import GREEDY, Decoding, KeepsARejectedRow, NoisyDrafter, RecordingTarget, ScriptedDrafter, decode
+from tests.drafting import (
+    CHEAP_DRAFTS,
+    GREEDY,
+    Decoding,
+    KeepsARejectedRow,
+    NoisyDrafter,
+    RecordingTarget,
+    ScriptedDrafter,
+    decode,
+)
 from tests.models import TinyModels, open_models
 
 EXACT = [("wide", 32, "int8"), ("irregular", 32, "int8"), ("one_shared", 8, "float32"), ("narrow", 4, "float32")]
@@ -44,10 +54,11 @@ class Setup:
         *,
         kind: type[RecordingTarget] = RecordingTarget,
         num_tokens: int = NUM_TOKENS,
+        costs: StepCosts | None = None,
     ) -> Decoding:
         self.models.target.cache.clear()
         target = kind(self.models.target)
-        return decode(target, drafter(target) if drafter else None, self.prompt, num_tokens, num_drafts)
+        return decode(target, drafter(target) if drafter else None, self.prompt, num_tokens, num_drafts, costs=costs)
 
     def with_own_drafter(self, num_drafts: int) -> Decoding:
         return self.decode(lambda _: self.models.drafter, num_drafts)
@@ -93,6 +104,14 @@ def test_greedy_tokens_stay_whichever_draft_is_rejected(setup: Setup, num_drafts
         num_full_steps = (NUM_TOKENS - 1) // (num_right + 1)
         # the last step may be cut short by max_tokens, so that its wrong token is not drafted
         assert drafted.counts.accepted_histogram[num_right] in (num_full_steps, num_full_steps - 1)
+
+
+@draft_lengths
+def test_greedy_tokens_stay_whatever_the_policy_chooses(setup: Setup, num_drafts: int) -> None:
+    for drafter in (None, lambda _: setup.models.drafter):
+        drafted = setup.decode(drafter, num_drafts, costs=CHEAP_DRAFTS)
+        assert drafted.token_ids == setup.plain.token_ids[:NUM_TOKENS]
+        assert len(drafted.counts.drafted_histogram) <= num_drafts + 1
 
 
 def test_a_kept_rejected_row_would_be_seen(setup: Setup) -> None:

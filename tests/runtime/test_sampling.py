@@ -16,9 +16,12 @@ from runtime.errors import InferenceError, RequestError
 from runtime.sampling import (
     Distribution,
     SamplingParams,
+    Top,
     Verdict,
     check_logits,
     distribution,
+    likeliest_tokens,
+    row_distribution,
     verify_greedy,
     verify_sampled,
 )
@@ -315,3 +318,92 @@ def test_usable_parameters_pass(params: SamplingParams) -> None:
 def test_unusable_parameters_are_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match="^" + message):
         SamplingParams(**params).check()
+
+
+# from the best candidates ---------------------------------------------------------------------------------------------
+
+NUM_CANDIDATES = 16
+
+
+def top_of(logits: np.ndarray, num_candidates: int = NUM_CANDIDATES) -> Top:
+    """What the graph gives: by value descending, then id ascending; NaN values in a row with a NaN."""
+    ids = np.stack([np.lexsort((np.arange(row.size), -row))[:num_candidates] for row in logits])
+    values = np.take_along_axis(logits, ids, axis=1)
+    values[np.isnan(logits).any(axis=1)] = np.nan
+    return Top(values, ids)
+
+
+def tied_rows(seed: int, num_rows: int) -> np.ndarray:
+    """Rows with few and many ties, masked tokens and both zeros."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(scale=2, size=(num_rows, 60)).astype(np.float32)
+    coarse = rng.choice([1, 2, 8, 1000], size=(num_rows, 1)).astype(np.float32)
+    rows = np.round(rows * coarse) / coarse
+    rows[rng.random(rows.shape) < rng.choice([0, 0.1, 0.9], size=(num_rows, 1))] = -np.inf
+    rows[:, 0] = np.where(np.isinf(rows).all(axis=1), 0, rows[:, 0])
+    return rows
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_candidates_give_the_same_distribution(params: SamplingParams) -> None:
+    logits = tied_rows(0, 60)
+    top = top_of(logits)
+    for row in range(len(logits)):
+        found, expected = row_distribution(logits, row, params, top), distribution(logits[row], params)
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.probabilities.tolist() == expected.probabilities.tolist()
+
+
+def test_where_candidates_suffice_the_logits_are_not_looked_at() -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 60)).astype(np.float32)
+    top = top_of(logits)
+    others = np.zeros_like(logits)
+    others[:, 59] = 50.0
+    for top_k in range(1, NUM_CANDIDATES):
+        params = SamplingParams(0.7, top_k, 0.9)
+        found = row_distribution(others, 1, params, top)
+        assert found.token_ids.tolist() == distribution(logits[1], params).token_ids.tolist()
+    for top_k in (0, NUM_CANDIDATES, NUM_CANDIDATES + 1):
+        assert row_distribution(others, 1, SamplingParams(0.7, top_k, 0.5), top).token_ids.tolist() == [59]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(0.0), *PARAMS[16:24]], ids=str)
+def test_candidates_give_the_same_verdicts(params: SamplingParams) -> None:
+    rng = np.random.default_rng(1)
+    for seed in range(60):
+        rows = tied_rows(seed, 4)
+        drafts = [distribution(rng.normal(size=60).astype(np.float32), DRAFTER_PARAMS) for _ in range(3)]
+        ids = [
+            int(row.argmax()) if rng.random() < 0.7 else draft.sample(rng)
+            for row, draft in zip(rows[:3], drafts, strict=True)
+        ]
+        first, second = np.random.default_rng(seed), np.random.default_rng(seed)
+        assert verify_sampled(ids, drafts, rows, params, first, top_of(rows)) == (
+            verify_sampled(ids, drafts, rows, params, second)
+        )
+        assert first.random() == second.random()
+        assert verify_greedy(ids, rows, top_of(rows)) == verify_greedy(ids, rows, likeliest_tokens(rows))
+        assert verify_greedy(ids, rows, top_of(rows)) == verify_greedy(ids, rows)
+
+
+def test_candidates_of_a_small_vocabulary_are_all_of_it() -> None:
+    logits = np.array([[1.0, 3.0, 2.0]], np.float32)
+    for top_k in range(5):
+        params = SamplingParams(1.0, top_k, 1.0)
+        found, expected = row_distribution(logits, 0, params, top_of(logits, 3)), distribution(logits[0], params)
+        assert dense(found, 3).tolist() == dense(expected, 3).tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_candidates_are_checked_as_the_logits_are(bad: float) -> None:
+    logits = np.zeros((3, 1000), np.float32)
+    check_logits(logits, 0, top_of(logits))
+    logits[2, slice(None) if bad < 0 else 500] = bad
+    messages = []
+    for top in (None, top_of(logits), likeliest_tokens(logits)):
+        with pytest.raises(
+            InferenceError, match=rf"^step 17: the largest of 1,000 logits in row 2 is {bad}; "
+        ) as caught:
+            check_logits(logits, 17, top)
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
