@@ -15,7 +15,6 @@ from export.checkpoint import Checkpoint, Indices
 from export.errors import CheckpointError
 from export.linear import TensorRows
 from export.stack import Emitter, StackWeights, Weight, attention_and_mlp, finish_layer
-from quant.recipe import WeightFormat
 from runtime.model_config import DrafterConfig
 
 TABLE = "model.embed_tokens.weight"
@@ -82,8 +81,8 @@ class DrafterGraph:
 
     def _ordered_rows(self, ordering: Indices) -> Weight:
         """The output table, centroid by centroid."""
-        drafter = self.drafter
-        rows, form = (TensorRows(TABLE, 0, drafter.vocab_size),), _head_format(self._outer.form, drafter.hidden_size)
+        drafter, form = self.drafter, self._outer.form
+        rows = (TensorRows(TABLE, 0, drafter.vocab_size),)
         return self._outer.matrix("embed_tokens", rows, drafter.hidden_size, form, ordering.ravel())
 
 
@@ -93,13 +92,3 @@ def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:
     if not np.array_equal(np.sort(ordering), np.arange(drafter.vocab_size)):
         raise CheckpointError(f"{checkpoint.place(TOKEN_ORDERING)} is no permutation of {drafter.vocab_size} tokens")
     return ordering.reshape(drafter.num_centroids, -1)
-
-
-def _head_format(form: WeightFormat, hidden_size: int) -> WeightFormat:
-    """The drafter's format, with blocks that do not cross rows of the table."""
-    if not form.is_quantized:
-        return form
-    block_size = form.block_size
-    while hidden_size % block_size:
-        block_size //= 2
-    return WeightFormat(form.bits, block_size)

@@ -53,19 +53,19 @@ class LayerEmitter:
 
     def multiply_groups(self, x: str, weight: Weight, groups: str, num_groups: int) -> str:
         """One token times chosen groups of the weight's rows, of `num_groups` equal ones -> [1, rows of the groups]."""
-        gathered = self._gather_groups(weight, groups, num_groups)
-        rows = self.graph.reshape(gathered, [-1, weight.stored.width])
+        rows = self._gather_groups(weight, groups, num_groups)
         return self.graph.node("MatMul", [rows, self.graph.reshape(x, [weight.stored.width, 1])])
 
     def _gather_groups(self, weight: Weight, groups: str, num_groups: int) -> str:
-        """Weights of the chosen groups, as floats [groups, rows of a group * width]."""
+        """Rows of the chosen groups, as floats [rows of the groups, width]."""
         graph, stored = self.graph, weight.stored
         rows = graph.external(f"{weight.name}.weight", stored.rows.folded(num_groups))
         if stored.scales is None:
             gathered = graph.node("Gather", [rows, groups], axis=0)
-            return gathered if stored.form.bits == 32 else graph.node("Cast", [gathered], to=FLOAT)
+            gathered = gathered if stored.form.bits == 32 else graph.node("Cast", [gathered], to=FLOAT)
+            return graph.reshape(gathered, [-1, stored.width])
         scales = graph.external(f"{weight.name}.scales", stored.scales.folded(num_groups))
-        return graph.node(
+        gathered = graph.node(
             "GatherBlockQuantized",
             [rows, groups, scales],
             domain=MICROSOFT,
@@ -74,6 +74,12 @@ class LayerEmitter:
             gather_axis=0,
             quantize_axis=1,
         )
+        padded_width = -(-stored.width // stored.form.block_size) * stored.form.block_size
+        padded = graph.reshape(gathered, [-1, padded_width])
+        if padded_width == stored.width:
+            return padded
+        start, stop, axis = (graph.constant(np.array([value])) for value in (0, stored.width, 1))
+        return graph.node("Slice", [padded, start, stop, axis])
 
     def logits(self, hidden: str, lm_head: StoredMatrix, softcap: float | None) -> None:
         """Appends the output `logits`."""

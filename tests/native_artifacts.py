@@ -31,9 +31,9 @@ from tests.native_reference import PANEL_ROWS, pack_panels
 from tests.native_session import ReferenceSession
 
 
-def export_both(pair: TinyCheckpoint, folder: Path, bits: int, activations: Activations) -> Path:
+def export_both(pair: TinyCheckpoint, folder: Path, bits: int, block_size: int, activations: Activations) -> Path:
     """An artifact whose portable graphs have native twins, `decoder.onnx.native` and `drafter.onnx.native`."""
-    recipe = make_recipe(bits, activations=activations)
+    recipe = make_recipe(bits, block_size, activations)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "_store_blocks", _store_both)
         patch.setattr(pipeline, "LayerEmitter", _TwoEmitters)

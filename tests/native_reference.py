@@ -60,12 +60,19 @@ def unpack_panels(
 
 
 def quantize_activations(x: Float32, block_size: int) -> tuple[Float32, Float32]:
-    """(int8 values [num_rows, num_blocks, block_size] as floats, scales [num_rows, num_blocks]); width padded by 0."""
+    """(int8 values [num_rows, num_blocks, block_size] as floats, scales [num_rows, num_blocks]); width padded by 0.
+
+    A block of zeros has scale 0, one with a NaN or an infinity the scale NaN.
+    """
     blocks = _blocks(x, block_size)
-    scales = np.abs(blocks).max(-1) / np.float32(127)
+    largest = np.abs(blocks).max(-1)
+    is_usable = np.isfinite(largest) & (largest > np.float32(1e-30))
     with np.errstate(divide="ignore", invalid="ignore"):
-        rounded = np.where(scales[..., None] > 0, np.rint(blocks / scales[..., None]), np.float32(0))
-    return rounded.astype(np.float32), scales
+        inverse = np.where(is_usable, np.float32(127) / largest, np.float32(0))
+        rounded = np.where(is_usable[..., None], np.rint(blocks * inverse[..., None]), np.float32(0))
+    scales = np.where(is_usable, largest / np.float32(127), np.float32(0))
+    scales[~np.isfinite(largest)] = np.nan
+    return rounded, scales
 
 
 def _blocks(x: Float32, block_size: int) -> Float32:

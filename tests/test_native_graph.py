@@ -23,6 +23,7 @@ from tests.models import TinyModels, open_models
 from tests.native_artifacts import export_both, open_native
 
 TOLERANCE = 1e-4  # of the spread
+NUM_STEPS = 3
 NODES_PER_LAYER = 10
 OTHER_NODES = 30  # inputs, PLE, outputs
 
@@ -35,12 +36,12 @@ shapes = pytest.mark.parametrize("shape", SHAPES)
 def artifact_of_both(
     tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """artifact_of_both(shape, bits=4): graphs of both layouts; the portable ones compute in float32."""
+    """artifact_of_both(shape, bits=4, block_size=32): graphs of both layouts; the portable ones compute in float32."""
 
     @cache
-    def make(shape: str, bits: int = 4) -> Path:
-        folder = tmp_path_factory.mktemp(f"{shape}-{bits}-both") / "artifact"
-        return export_both(tiny_checkpoint(shape), folder, bits, "float32")
+    def make(shape: str, bits: int = 4, block_size: int = 32) -> Path:
+        folder = tmp_path_factory.mktemp(f"{shape}-{bits}-{block_size}-both") / "artifact"
+        return export_both(tiny_checkpoint(shape), folder, bits, block_size, "float32")
 
     return make
 
@@ -55,10 +56,10 @@ def opened() -> Iterator[list[TinyModels]]:
 
 @pytest.fixture
 def open_both(artifact_of_both: Callable[..., Path], opened: list[TinyModels]) -> OpenBoth:
-    """open_both(shape, bits=4, **cache sizes): (portable, native without rounding), caches empty."""
+    """open_both(shape, bits=4, block_size=32, **cache sizes): (portable, native without rounding), caches empty."""
 
-    def open_pair(shape: str, bits: int = 4, **sizes: int) -> tuple[TinyModels, TinyModels]:
-        folder = artifact_of_both(shape, bits)
+    def open_pair(shape: str, bits: int = 4, block_size: int = 32, **sizes: int) -> tuple[TinyModels, TinyModels]:
+        folder = artifact_of_both(shape, bits, block_size)
         opened.extend((open_models(folder, **sizes), open_native(folder, rounds=False, **sizes)))
         return opened[-2], opened[-1]
 
@@ -100,9 +101,9 @@ def check_same(portable: Forward, native: Forward) -> None:
 
 
 @shapes
-@pytest.mark.parametrize("bits", [4, 8])
-def test_prefill_decode_and_verify(shape: str, bits: int, open_both: OpenBoth) -> None:
-    models = open_both(shape, bits, max_new_tokens=20)  # compacted on the way
+@pytest.mark.parametrize(("bits", "block_size"), [(4, 32), (8, 32), (4, 128)])
+def test_prefill_decode_and_verify(shape: str, bits: int, block_size: int, open_both: OpenBoth) -> None:
+    models = open_both(shape, bits, block_size, max_new_tokens=20)  # compacted on the way
     window = models[0].target.model.sliding_window
     token_ids = prompt_of(models[0], 100)
     # (new tokens, kept, trimmed): chunks of a prefill, then steps that end before, at and past the window's edge
@@ -120,22 +121,28 @@ def test_prefill_decode_and_verify(shape: str, bits: int, open_both: OpenBoth) -
 
 @shapes
 @pytest.mark.parametrize("num_tokens", [(0, 5), (1, 0), (1, 1), (1, 2), (4, 3)], ids=str)
-def test_draft_burst(shape: str, num_tokens: tuple[int, int], open_both: OpenBoth) -> None:
-    models = open_both(shape, max_new_tokens=8)
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_draft_burst(shape: str, num_tokens: tuple[int, int], block_size: int, open_both: OpenBoth) -> None:
+    models = open_both(shape, 8, block_size, max_new_tokens=8)
     token_ids = prompt_of(models[0], num_tokens[0] * models[0].target.model.sliding_window + num_tokens[1])
-    found = []
     for one in models:
         for start in range(0, len(token_ids), 8):
-            hidden = one.target.forward(token_ids[start : start + 8], 1).hidden[-1]
-        drafts = one.drafter.draft(3, hidden, 3, GREEDY, np.random.default_rng())
+            hidden = one.target.forward(token_ids[start : start + 8], 1).hidden[-1].copy()
+    # the same rows and state, so that only the drafter's own rounding is left
+    for (_, _, theirs), (_, _, mine) in zip(*(one.target.cache.arrays() for one in models), strict=True):
+        mine[...] = theirs
+    found = []
+    for one in models:
+        one.drafter.draft(3, hidden, 1, GREEDY, np.random.default_rng())
         ids = one.drafter._ids
         order = np.arange(one.target.model.vocab_size) if ids is None else np.argsort(ids)
-        last = one.drafter._logits[order].copy(), one.drafter._state.copy()
-        found.append(([draft.token_id for draft in drafts], None if ids is None else ids[order].copy(), last))
-    (portable, portable_ids, portable_last), (native, native_ids, native_last) = found
-    assert native == portable
-    np.testing.assert_array_equal(native_ids, portable_ids)
-    for mine, theirs in zip(native_last, portable_last, strict=True):
+        first = None if ids is None else ids[order].copy(), one.drafter._logits[order].copy(), one.drafter._state.copy()
+        drafts = one.drafter.draft(3, hidden, NUM_STEPS, GREEDY, np.random.default_rng())
+        found.append((first, [draft.token_id for draft in drafts]))
+    ((portable_ids, *portable_first), portable), ((native_ids, *native_first), native) = found
+    assert native == portable and len(native) == NUM_STEPS
+    np.testing.assert_array_equal(native_ids, portable_ids)  # None where the head is dense
+    for mine, theirs in zip(native_first, portable_first, strict=True):
         check_close(mine, theirs)
 
 

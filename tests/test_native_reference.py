@@ -66,6 +66,17 @@ def test_a_row_of_zeros_is_zero() -> None:
     assert not product(np.zeros((1, 64), np.float32), *matrix, rounds=True).any()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_of_nan_is_nan_and_its_neighbour_is_not(bad: float) -> None:
+    _, codes, scales = make_matrix(32, 64, 4, 32)
+    matrix = unpack_panels(pack_panels(codes, scales), 32, 64, 4, 32)
+    x = np.ones((2, 64), np.float32)
+    x[0, 40] = bad
+    y = product(x, *matrix, rounds=True)
+    assert np.isnan(y[0]).all()
+    assert np.isfinite(y[1]).all()
+
+
 def test_attention_of_equal_keys_is_the_mean() -> None:
     values = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
     np.testing.assert_allclose(
