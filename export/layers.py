@@ -52,7 +52,7 @@ class LayerEmitter:
         return self.graph.node("FastGelu", [x], domain=MICROSOFT)
 
     def multiply_groups(self, x: str, weight: Weight, groups: str, num_groups: int) -> str:
-        """One token times chosen groups of the weight's rows, of `num_groups` equal ones -> [1, rows of the groups]."""
+        """One token times each row of chosen groups, of the weight's `num_groups` equal ones; of any shape."""
         rows = self._gather_groups(weight, groups, num_groups)
         return self.graph.node("MatMul", [rows, self.graph.reshape(x, [weight.stored.width, 1])])
 

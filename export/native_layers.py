@@ -46,7 +46,7 @@ class NativeLayerEmitter:
         return self._multiply(x, weight, GELU_MUL, other)
 
     def multiply_groups(self, x: str, weight: Weight, groups: str, num_groups: int) -> str:
-        """One token times chosen groups of the weight's rows, of `num_groups` equal ones -> [rows of the groups]."""
+        """One token times each row of chosen groups, of the weight's `num_groups` equal ones; of any shape."""
         group_size = weight.stored.num_rows // num_groups
         inputs = [x, self._panels(weight), groups]
         return self.graph.node("SelectedMatMul", inputs, domain=EDGE, group_size=group_size, **_sizes(weight.stored))

@@ -187,7 +187,7 @@ class Emitter(Protocol):
         ...
 
     def multiply_groups(self, x: str, weight: Weight, groups: str, num_groups: int) -> str:
-        """One token times chosen groups of the weight's rows, of `num_groups` equal ones -> [1, rows of the groups]."""
+        """One token times each row of chosen groups, of the weight's `num_groups` equal ones; of any shape."""
         ...
 
     def rms_norm(self, x: str, weight: Float32) -> str:
