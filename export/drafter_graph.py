@@ -13,10 +13,8 @@ import numpy as np
 
 from export.checkpoint import Checkpoint, Indices
 from export.errors import CheckpointError
-from export.graph import MICROSOFT
-from export.layers import LayerEmitter
-from export.linear import Matrix, TensorRows, store
-from quant.recipe import WeightFormat
+from export.linear import TensorRows
+from export.stack import Emitter, StackWeights, Weight, attention_and_mlp, finish_layer
 from runtime.model_config import DrafterConfig
 
 TABLE = "model.embed_tokens.weight"
@@ -27,99 +25,65 @@ TOKEN_ORDERING = "masked_embedding.token_ordering"
 class DrafterGraph:
     """Emits the drafter; the emitter's prefix is that of its text model."""
 
-    emitter: LayerEmitter
+    emitter: Emitter
     drafter: DrafterConfig
 
     def emit(self) -> None:
         """Appends everything between the graph's inputs and its outputs."""
         graph, drafter = self.emitter.graph, self.drafter
-        backbone = drafter.backbone_hidden_size
+        backbone, size = drafter.backbone_hidden_size, drafter.hidden_size
         graph.input("inputs_embeds", np.float32, [1, 2 * backbone])
         graph.input("position_ids", np.int64, [1])
-        for kind in sorted({layer.kind for layer in drafter.layers}):
-            layer = next(layer for layer in drafter.layers if layer.kind == kind)
-            self.emitter.kv_views(layer.kv_source, layer)
-        outer = replace(self.emitter, prefix="")
-        state = [("pre_projection", drafter.hidden_size)]
-        residual: str | None = outer.linear("inputs_embeds", "pre_projection", state, 2 * backbone)
-        assert residual is not None
-        hidden = self._layers(residual)
+        self.emitter.declare_cache({layer.kv_source: layer for layer in drafter.layers}, window=0)
+        pre = self._outer.linear("pre_projection", [("pre_projection", size)], 2 * backbone)
+        hidden = self._layers(self.emitter.multiply("inputs_embeds", pre))
         graph.output("projected_state", np.float32, [1, backbone])
-        projected = outer.linear(hidden, "post_projection", [("post_projection", backbone)], drafter.hidden_size)
-        graph.node("Identity", [projected], outputs=["projected_state"])
-        if drafter.num_centroids:
-            self._centroid_head(outer, hidden)
-        else:
-            self._dense_head(outer, hidden)
-
-    def _layers(self, embedded: str) -> str:
-        """The stack on the projected input [1, hidden_size]; returns the final norm's output."""
-        emitter = self.emitter
-        rotations = emitter.rotations("position_ids")
-        residual: str | None = embedded
-        normed = emitter.rms_norm(embedded, emitter.vector("layers.0.input_layernorm", self.drafter.hidden_size))
-        for index, layer in enumerate(self.drafter.layers):
-            assert residual is not None
-            queries = emitter.query(index, normed, rotations[layer.kind])
-            output, residual = emitter.after_attention(index, emitter.attend(index, queries, None), residual)
-            normed, residual = emitter.finish_layer(index, output, residual)
-        return normed
-
-    def _dense_head(self, outer: LayerEmitter, hidden: str) -> None:
-        graph, drafter = self.emitter.graph, self.drafter
-        graph.output("candidate_logits", np.float32, [drafter.vocab_size])
-        rows = (TensorRows(TABLE, 0, drafter.vocab_size),)
-        logits = outer.multiply(hidden, "lm_head", rows, drafter.hidden_size, outer.form)
-        graph.node("Reshape", [logits, graph.constant(np.array([-1]))], outputs=["candidate_logits"])
-
-    def _centroid_head(self, outer: LayerEmitter, hidden: str) -> None:
-        graph, drafter = self.emitter.graph, self.drafter
-        num_candidates = drafter.num_candidates
-        graph.output("candidate_logits", np.float32, [num_candidates])
-        graph.output("candidate_ids", np.int64, [num_candidates])
-        name = "masked_embedding.centroids"
-        scores = outer.linear(hidden, name, [(name, drafter.num_centroids)], drafter.hidden_size)
-        best = graph.fresh("centroids")
-        num_active = graph.constant(np.array([drafter.num_active_centroids]))
-        scores = graph.reshape(scores, [-1])
-        graph.node("TopK", [scores, num_active], outputs=[graph.fresh("scores"), best], axis=-1, sorted=0)
-        ordering = token_ordering(outer.checkpoint, drafter)
-        ids = graph.node("Gather", [self._ordering_table(ordering), best], axis=0)
-        graph.node("Reshape", [ids, graph.constant(np.array([-1]))], outputs=["candidate_ids"])
-        rows = graph.reshape(self._gather_rows(outer, ordering, best), [num_candidates, drafter.hidden_size])
-        logits = graph.node("MatMul", [rows, graph.reshape(hidden, [drafter.hidden_size, 1])])
+        post = self._outer.linear("post_projection", [("post_projection", backbone)], size)
+        graph.node("Identity", [self.emitter.multiply(hidden, post)], outputs=["projected_state"])
+        logits = self._centroid_head(hidden) if drafter.num_centroids else self._dense_head(hidden)
+        graph.output("candidate_logits", np.float32, [drafter.num_candidates])
         graph.node("Reshape", [logits, graph.constant(np.array([-1]))], outputs=["candidate_logits"])
 
     @property
-    def _tokens_per_centroid(self) -> int:
-        return self.drafter.vocab_size // self.drafter.num_centroids
+    def _outer(self) -> StackWeights:
+        """Tensors around the text model."""
+        return replace(self.emitter.weights, prefix="")
 
-    def _ordering_table(self, ordering: Indices) -> str:
-        graph = self.emitter.graph
-        region = graph.data.reserve((self.drafter.num_centroids, self._tokens_per_centroid), np.int64)
-        graph.data.write(region, 0, ordering)
-        return graph.external("token_ordering", region)
+    def _layers(self, residual: str) -> str:
+        """The stack on the projected input [1, hidden_size]; returns the final norm's output."""
+        emitter = self.emitter
+        tokens = emitter.tokens("position_ids", window=0)
+        normed = emitter.rms_norm(residual, emitter.weights.norm("layers.0.input_layernorm"))
+        for index in range(len(self.drafter.layers)):
+            output, residual = attention_and_mlp(emitter, index, normed, residual, tokens, owns_kv=False)
+            normed, residual = finish_layer(emitter, index, output, "post_feedforward_layernorm", residual)
+        return normed
 
-    def _gather_rows(self, outer: LayerEmitter, ordering: Indices, best: str) -> str:
-        """Table rows of the chosen centroids, as floats [num_active_centroids, tokens * hidden_size]."""
-        graph, form = self.emitter.graph, _head_format(outer.form, self.drafter.hidden_size)
-        every_row = (TensorRows(TABLE, 0, self.drafter.vocab_size),)
-        matrix = Matrix("embed_tokens", outer.checkpoint, every_row, self.drafter.hidden_size, order=ordering.ravel())
-        stored = store(matrix, form, graph.data, outer.progress)
-        rows = graph.external("embed_tokens.weight", stored.rows.folded(self.drafter.num_centroids))
-        if stored.scales is None:
-            gathered = graph.node("Gather", [rows, best], axis=0)
-            return gathered if form.bits == 32 else graph.node("Cast", [gathered], to=1)
-        scales = graph.external("embed_tokens.scales", stored.scales.folded(self.drafter.num_centroids))
-        return graph.node(
-            "GatherBlockQuantized",
-            [rows, best, scales],
-            domain=MICROSOFT,
-            bits=form.bits,
-            block_size=form.block_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
+    def _dense_head(self, hidden: str) -> str:
+        rows = (TensorRows(TABLE, 0, self.drafter.vocab_size),)
+        table = self._outer.matrix("lm_head", rows, self.drafter.hidden_size, self._outer.form)
+        return self.emitter.multiply(hidden, table)
+
+    def _centroid_head(self, hidden: str) -> str:
+        graph, drafter = self.emitter.graph, self.drafter
+        name = "masked_embedding.centroids"
+        centroids = self._outer.linear(name, [(name, drafter.num_centroids)], drafter.hidden_size)
+        scores = graph.reshape(self.emitter.multiply(hidden, centroids), [-1])
+        best = graph.fresh("centroids")
+        num_active = graph.constant(np.array([drafter.num_active_centroids]))
+        graph.node("TopK", [scores, num_active], outputs=[graph.fresh("scores"), best], axis=-1, sorted=0)
+        ordering = token_ordering(self._outer.checkpoint, drafter)
+        graph.output("candidate_ids", np.int64, [drafter.num_candidates])
+        table = graph.external("token_ordering", self._outer.table("token_ordering", ordering))
+        ids = graph.node("Gather", [table, best], axis=0)
+        graph.node("Reshape", [ids, graph.constant(np.array([-1]))], outputs=["candidate_ids"])
+        return self.emitter.multiply_groups(hidden, self._ordered_rows(ordering), best, drafter.num_centroids)
+
+    def _ordered_rows(self, ordering: Indices) -> Weight:
+        """The output table, centroid by centroid."""
+        drafter, form = self.drafter, self._outer.form
+        rows = (TensorRows(TABLE, 0, drafter.vocab_size),)
+        return self._outer.matrix("embed_tokens", rows, drafter.hidden_size, form, ordering.ravel())
 
 
 def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:
@@ -128,13 +92,3 @@ def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:
     if not np.array_equal(np.sort(ordering), np.arange(drafter.vocab_size)):
         raise CheckpointError(f"{checkpoint.place(TOKEN_ORDERING)} is no permutation of {drafter.vocab_size} tokens")
     return ordering.reshape(drafter.num_centroids, -1)
-
-
-def _head_format(form: WeightFormat, hidden_size: int) -> WeightFormat:
-    """The drafter's format, with blocks that do not cross rows of the table."""
-    if not form.is_quantized:
-        return form
-    block_size = form.block_size
-    while hidden_size % block_size:
-        block_size //= 2
-    return WeightFormat(form.bits, block_size)

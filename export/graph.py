@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 21
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
+EDGE = "edge"  # the native ops
 ALIGNMENT = 4096
 Array = npt.NDArray[Any]
 
@@ -157,7 +158,8 @@ class Graph:
     def save(self, path: Path) -> None:
         """Writes the model file; the data files stay where they are."""
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, self._initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        domains = sorted({MICROSOFT, *(node.domain for node in self._nodes)} - {""})
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gemma-edge")
         path.write_bytes(model.SerializeToString(deterministic=True))
 

@@ -1,174 +1,239 @@
-"""Gemma 4 layers as ONNX nodes, for the target and the drafter alike.
+"""The portable layout's nodes: Gemma 4 layers on stock ONNX Runtime.
 
-Activations are two-dimensional, [num_tokens, size]. Fused where ONNX Runtime has a fused kernel, so that its optimizer
-has nothing left to do. Attention folds the query heads of one KV head into the rows of a plain product, which on a CPU
-beats `GroupQueryAttention`. New KV rows are graph outputs and all KV rows graph inputs over the same memory: the query
-depends on the nodes that write the new rows, so they are written before they are read.
+Fused where ONNX Runtime has a fused kernel, so that its optimizer has nothing left to do. Attention folds the query
+heads of one KV head into the rows of a plain product, which on a CPU beats `GroupQueryAttention`. New KV rows are graph
+outputs and all KV rows graph inputs over the same memory: the query depends on the nodes that write the new rows, so
+they are written before they are read.
 
-Source: transformers 5.22 `models/gemma4/modeling_gemma4.py`.
+Source: onnxruntime ContribOperators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from export.checkpoint import Checkpoint, Float32
-from export.errors import CheckpointError
+from export.checkpoint import Float32
 from export.graph import MICROSOFT, Graph
-from export.linear import Matrix, Product, Progress, StoredMatrix, TensorRows, store
-from quant.recipe import WeightFormat
-from runtime.model_config import LayerConfig, RopeConfig, StackConfig
-from runtime.signature import key_name, key_view_name, kv_view_names, value_name, value_view_name
+from export.linear import Product, StoredMatrix
+from export.stack import Rotation, StackWeights, Tokens, Weight, kept_rotations, last_rows
+from runtime.model_config import LayerConfig
+from runtime.signature import key_name, key_view_name, kv_view_names, mask_name, value_name, value_view_name
 
-LAST = 1 << 62  # an end index past any axis
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """cos and sin values [num_tokens, head_dim / 2] of the tokens at hand."""
-
-    cos: str
-    sin: str
+FLOAT = 1  # TensorProto.FLOAT
 
 
 @dataclass(frozen=True, slots=True)
 class LayerEmitter:
-    """Appends layers of one stack to a graph. `prefix` leads every tensor name of the stack in the checkpoint."""
+    """An `export.stack.Emitter` for the portable layout."""
 
     graph: Graph
-    checkpoint: Checkpoint
-    prefix: str
-    stack: StackConfig
+    weights: StackWeights
     product: Product
-    form: WeightFormat
-    progress: Progress
 
-    # weights
+    # products
 
-    def linear(self, x: str, name: str, parts: Sequence[tuple[str, int]], width: int) -> str:
-        """x [num_tokens, width] times the given (tensor, number of rows), stacked."""
-        rows = tuple(TensorRows(f"{self.prefix}{part}.weight", 0, num_rows) for part, num_rows in parts)
-        return self.multiply(x, name, rows, width, self.form)
+    def multiply(self, x: str, weight: Weight) -> str:
+        """x @ weight.T"""
+        return self.product.emit(self.graph, x, weight.stored, weight.name)
 
-    def multiply(self, x: str, name: str, rows: tuple[TensorRows, ...], width: int, form: WeightFormat) -> str:
-        """x [num_tokens, width] times stored rows, in a format of their own."""
-        return self.product.emit(self.graph, x, self.keep(name, rows, width, form), name)
+    def gelu_glu(self, x: str, weight: Weight) -> str:
+        """gelu(x @ gate.T) * (x @ up.T), gate and up in one product."""
+        width = weight.stored.num_rows // 2
+        gate, up = self.graph.split(self.multiply(x, weight), [width, width])
+        return self.graph.node("Mul", [self._gelu(gate), up])
 
-    def keep(self, name: str, rows: tuple[TensorRows, ...], width: int, form: WeightFormat) -> StoredMatrix:
-        """Stores rows of the checkpoint in the graph's data file."""
-        return store(Matrix(name, self.checkpoint, rows, width), form, self.graph.data, self.progress)
+    def gelu_mul(self, x: str, weight: Weight, other: str) -> str:
+        """gelu(x @ weight.T) * other"""
+        return self.graph.node("Mul", [self._gelu(self.multiply(x, weight)), other])
 
-    def vector(self, name: str, size: int) -> Float32:
-        """A norm's weight [size]."""
-        return self.checkpoint.vector(f"{self.prefix}{name}.weight", size)
+    def _gelu(self, x: str) -> str:
+        """GELU by its tanh approximation."""
+        return self.graph.node("FastGelu", [x], domain=MICROSOFT)
 
-    def layer_scalar(self, index: int) -> float:
-        """The factor on a layer's output; 1 where the checkpoint has none."""
-        name = f"{self.prefix}layers.{index}.layer_scalar"
-        if name not in self.checkpoint:
-            return 1.0
-        scalar = float(self.checkpoint.vector(name, 1)[0])
-        if scalar == 0:
-            raise CheckpointError(f"{self.checkpoint.place(name)} is 0, which erases the layer's input")
-        return scalar
+    def multiply_groups(self, x: str, weight: Weight, groups: str, num_groups: int) -> str:
+        """One token times each row of chosen groups, of the weight's `num_groups` equal ones; of any shape."""
+        rows = self._gather_groups(weight, groups, num_groups)
+        return self.graph.node("MatMul", [rows, self.graph.reshape(x, [weight.stored.width, 1])])
+
+    def _gather_groups(self, weight: Weight, groups: str, num_groups: int) -> str:
+        """Rows of the chosen groups, as floats [rows of the groups, width]."""
+        graph, stored = self.graph, weight.stored
+        rows = graph.external(f"{weight.name}.weight", stored.rows.folded(num_groups))
+        if stored.scales is None:
+            gathered = graph.node("Gather", [rows, groups], axis=0)
+            gathered = gathered if stored.form.bits == 32 else graph.node("Cast", [gathered], to=FLOAT)
+            return graph.reshape(gathered, [-1, stored.width])
+        scales = graph.external(f"{weight.name}.scales", stored.scales.folded(num_groups))
+        gathered = graph.node(
+            "GatherBlockQuantized",
+            [rows, groups, scales],
+            domain=MICROSOFT,
+            bits=stored.form.bits,
+            block_size=stored.form.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        padded_width = -(-stored.width // stored.form.block_size) * stored.form.block_size
+        padded = graph.reshape(gathered, [-1, padded_width])
+        if padded_width == stored.width:
+            return padded
+        start, stop, axis = (graph.constant(np.array([value])) for value in (0, stored.width, 1))
+        return graph.node("Slice", [padded, start, stop, axis])
+
+    def logits(self, hidden: str, lm_head: StoredMatrix, softcap: float | None) -> None:
+        """Appends the output `logits`."""
+        graph, weight = self.graph, Weight("lm_head", lm_head)
+        graph.output("logits", np.float32, ["num_kept", lm_head.num_rows])
+        if softcap is None:
+            graph.node("Identity", [self.multiply(hidden, weight)], outputs=["logits"])
+            return
+        # softcap * tanh(logits / softcap), the division on the smaller side of the product
+        cap = graph.constant(np.float32(softcap))
+        logits = self.multiply(graph.node("Div", [hidden, cap]), weight)
+        graph.node("Mul", [graph.node("Tanh", [logits]), cap], outputs=["logits"])
 
     # norms
 
-    def rms_norm(self, x: str, weight: Float32, eps: float | None = None) -> str:
+    def rms_norm(self, x: str, weight: Float32, epsilon: float | None = None) -> str:
         """RMSNorm over the last axis."""
-        eps = self.stack.rms_norm_eps if eps is None else eps
+        epsilon = self.weights.stack.rms_norm_eps if epsilon is None else epsilon
         return self.graph.node(
-            "SimplifiedLayerNormalization", [x, self.graph.constant(weight)], axis=-1, epsilon=eps, stash_type=1
+            "SimplifiedLayerNormalization", [x, self.graph.constant(weight)], axis=-1, epsilon=epsilon, stash_type=1
         )
 
-    def add_and_norm(self, x: str, residual: str, weight: Float32, scalar: float = 1.0) -> tuple[str, str]:
-        """(RMSNorm(scalar * (x + residual)), x + residual); the factor is folded into epsilon and the weight's sign."""
+    def norm_add(
+        self, x: str, weight: Float32, residual: str, *, scale: float = 1.0, epsilon: float | None = None
+    ) -> str:
+        """scale * (residual + RMSNorm(x))"""
+        total = self.graph.node("Add", [self.rms_norm(x, weight, epsilon), residual])
+        return total if scale == 1.0 else self._scaled(total, scale)
+
+    def norm_add_norm(
+        self, x: str, weight: Float32, residual: str, next_weight: Float32, *, scale: float = 1.0, is_last: bool = False
+    ) -> tuple[str, str]:
+        """(RMSNorm(total), total) of total = scale * (residual + RMSNorm(x)); the last total is not scaled.
+
+        In the second norm the factor is folded into epsilon and the weight's sign.
+        """
         normed, total = self.graph.fresh("normed"), self.graph.fresh("sum")
         self.graph.node(
             "SkipSimplifiedLayerNormalization",
-            [x, residual, self.graph.constant(weight * np.float32(np.sign(scalar)))],
+            [self.rms_norm(x, weight), residual, self.graph.constant(next_weight * np.float32(np.sign(scale)))],
             outputs=[normed, "", "", total],
             domain=MICROSOFT,
-            epsilon=self.stack.rms_norm_eps / scalar**2,
+            epsilon=self.weights.stack.rms_norm_eps / scale**2,
         )
-        return normed, total
+        return normed, total if is_last or scale == 1.0 else self._scaled(total, scale)
 
-    # positions
+    def _scaled(self, x: str, scale: float) -> str:
+        return self.graph.node("Mul", [x, self.graph.constant(np.float32(scale))])
 
-    def rotations(self, position_ids: str) -> dict[str, Rotation]:
-        """cos and sin of int64 positions [num_tokens], for each attention kind of the stack."""
-        positions = self.graph.reshape(self.graph.node("Cast", [position_ids], to=1), [-1, 1])
-        kinds = {layer.kind: layer.head_dim for layer in self.stack.layers}
-        return {kind: self._rotation(positions, self.stack.rope[kind], dim) for kind, dim in sorted(kinds.items())}
+    # positions and visible rows
 
-    def _rotation(self, positions: str, rope: RopeConfig, head_dim: int) -> Rotation:
-        frequencies = self.graph.constant(inverse_frequencies(rope, head_dim)[None])
-        angles = self.graph.node("Mul", [positions, frequencies])
+    def declare_cache(self, sources: Mapping[int, LayerConfig], window: int) -> None:
+        """Declares the KV rows of `sources` as inputs [num_keys, head_dim], and masks where tokens see part of them."""
+        if window:
+            for kind in sorted({layer.kind for layer in sources.values()}):
+                self.graph.input(mask_name(kind), np.float32, ["num_tokens", f"num_{kind}_keys"])
+        for index, layer in sources.items():
+            for name in kv_view_names(index, layer):
+                self.graph.input(name, np.float32, [f"num_{layer.kind}_keys", layer.head_dim])
+
+    def tokens(self, position_ids: str, window: int) -> Tokens:
+        """What attention needs of the tokens at int64 positions [num_tokens]."""
+        positions = self.graph.reshape(self.graph.node("Cast", [position_ids], to=FLOAT), [-1, 1])
+        rotations = {
+            kind: self._rotation(positions, frequencies) for kind, frequencies in self.weights.frequencies().items()
+        }
+        return Tokens(rotations, window, self._masks(None) if window else {})
+
+    def kept(self, tokens: Tokens, kept_from: str) -> Tokens:
+        """The same of the last tokens; `kept_from` [1] is the negative index of the first."""
+        masks = self._masks(kept_from) if tokens.window else {}
+        return Tokens(kept_rotations(self.graph, tokens, kept_from), tokens.window, masks)
+
+    def _rotation(self, positions: str, frequencies: Float32) -> Rotation:
+        angles = self.graph.node("Mul", [positions, self.graph.constant(frequencies[None])])
         return Rotation(self.graph.node("Cos", [angles]), self.graph.node("Sin", [angles]))
 
-    def rotate(self, heads: str, rotation: Rotation) -> str:
-        """Applies a rotation to heads [1, num_tokens, num_heads * head_dim]."""
-        first_row = self.graph.constant(np.zeros(1, np.int64))
-        return self.graph.node("RotaryEmbedding", [heads, first_row, rotation.cos, rotation.sin], domain=MICROSOFT)
+    def _masks(self, kept_from: str | None) -> dict[str, dict[int, str]]:
+        """Each kind's mask with its rows repeated for the query heads that share a KV head."""
+        masks: dict[str, dict[int, str]] = {}
+        for layer in self.weights.stack.layers:
+            repeats = self.weights.stack.num_heads // layer.num_kv_heads
+            by_repeats = masks.setdefault(layer.kind, {})
+            if repeats not in by_repeats:
+                mask = mask_name(layer.kind)
+                mask = mask if kept_from is None else last_rows(self.graph, mask, kept_from)
+                by_repeats[repeats] = self._repeat_rows(mask, repeats)
+        return masks
+
+    def _repeat_rows(self, mask: str, repeats: int) -> str:
+        if repeats == 1:
+            return mask
+        apart = self.graph.node("Unsqueeze", [mask, self.graph.constant(np.array([1]))])
+        zeros = self.graph.constant(np.zeros((1, repeats, 1), np.float32))
+        return self.graph.node("Flatten", [self.graph.node("Add", [apart, zeros])], axis=2)
 
     # attention
 
-    def query_and_new_rows(self, index: int, normed: str, rotation: Rotation) -> list[str]:
+    def attention(self, index: int, normed: str, tokens: Tokens, *, owns_kv: bool) -> str:
+        """Attention of a layer [num_tokens, num_heads * head_dim]; one that owns KV adds the tokens' rows first."""
+        layer = self.weights.stack.layers[index]
+        project = self._query_and_new_rows if owns_kv else self._query
+        queries = project(index, normed, tokens.rotations[layer.kind])
+        masks = tokens.masks.get(layer.kind, {})
+        return self._attend(layer, queries, masks.get(self.weights.stack.num_heads // layer.num_kv_heads))
+
+    def _query_and_new_rows(self, index: int, normed: str, rotation: Rotation) -> list[str]:
         """Projects q, k and v of a layer that owns KV; k and v become graph outputs.
 
         Returns:
             for each KV head its queries [1, num_tokens, heads per KV head * head_dim]
         """
-        layer, num_heads, name = self.stack.layers[index], self.stack.num_heads, f"layers.{index}.self_attn"
-        num_kv, dim = layer.num_kv_heads, layer.head_dim
-        sizes = [
-            (f"{name}.q_proj", num_heads * dim),
-            (f"{name}.k_proj", num_kv * dim),
-            (f"{name}.v_proj", num_kv * dim),
-        ]
-        qkv = self.linear(normed, f"{name}.qkv_proj", sizes, self.stack.hidden_size)
+        weights, layer, name = self.weights, self.weights.stack.layers[index], f"layers.{index}.self_attn"
+        num_heads, num_kv, dim = weights.stack.num_heads, layer.num_kv_heads, layer.head_dim
+        qkv = self.multiply(normed, weights.query_key_value(index))
         heads = self.rms_norm(self.graph.reshape(qkv, [1, -1, num_heads + 2 * num_kv, dim]), np.ones(dim, np.float32))
-        weights = np.ones((num_heads + 2 * num_kv, dim), np.float32)
-        weights[:num_heads] = self.vector(f"{name}.q_norm", dim)
-        weights[num_heads : num_heads + num_kv] = self.vector(f"{name}.k_norm", dim)
-        heads = self.graph.node("Mul", [heads, self.graph.constant(weights)])
+        head_weights = np.ones((num_heads + 2 * num_kv, dim), np.float32)
+        head_weights[:num_heads] = weights.vector(f"{name}.q_norm", dim)
+        head_weights[num_heads : num_heads + num_kv] = weights.vector(f"{name}.k_norm", dim)
+        heads = self.graph.node("Mul", [heads, self.graph.constant(head_weights)])
         heads = self.graph.reshape(heads, [1, -1, (num_heads + 2 * num_kv) * dim])
         values = [self._new_rows(value_name(index, head), dim) for head in range(num_kv)]
         unrotated = self.graph.fresh("queries_and_keys")
         self.graph.split(heads, [(num_heads + num_kv) * dim] + [dim] * num_kv, [unrotated, *values])
         keys = [self._new_rows(key_name(index, head), dim) for head in range(num_kv)]
         queries = [self.graph.fresh("queries") for _ in range(num_kv)]
-        rotated = self.rotate(unrotated, rotation)
+        rotated = self._rotate(unrotated, rotation)
         self.graph.split(rotated, [num_heads // num_kv * dim] * num_kv + [dim] * num_kv, [*queries, *keys])
         return queries
 
     def _new_rows(self, name: str, head_dim: int) -> str:
         return self.graph.output(name, np.float32, [1, "num_tokens", head_dim])
 
-    def query(self, index: int, normed: str, rotation: Rotation) -> list[str]:
-        """Projects q alone, for a layer that reads another layer's KV; shapes as `query_and_new_rows` returns."""
-        layer, num_heads, name = self.stack.layers[index], self.stack.num_heads, f"layers.{index}.self_attn"
+    def _query(self, index: int, normed: str, rotation: Rotation) -> list[str]:
+        """Projects q alone, for a layer that reads another layer's KV; shapes as `_query_and_new_rows` returns."""
+        layer, num_heads = self.weights.stack.layers[index], self.weights.stack.num_heads
         dim = layer.head_dim
-        q = self.linear(normed, f"{name}.q_proj", [(f"{name}.q_proj", num_heads * dim)], self.stack.hidden_size)
-        q = self.rms_norm(self.graph.reshape(q, [1, -1, num_heads, dim]), self.vector(f"{name}.q_norm", dim))
-        q = self.rotate(self.graph.reshape(q, [1, -1, num_heads * dim]), rotation)
+        q = self.graph.reshape(self.multiply(normed, self.weights.query(index)), [1, -1, num_heads, dim])
+        q = self.rms_norm(q, self.weights.vector(f"layers.{index}.self_attn.q_norm", dim))
+        q = self._rotate(self.graph.reshape(q, [1, -1, num_heads * dim]), rotation)
         return self.graph.split(q, [num_heads // layer.num_kv_heads * dim] * layer.num_kv_heads)
 
-    def kv_views(self, source: int, layer: LayerConfig) -> None:
-        """Declares the KV rows of a layer as graph inputs [num_keys, head_dim], one for each KV head."""
-        num_keys = f"num_{layer.kind}_keys"
-        for name in kv_view_names(source, layer):
-            self.graph.input(name, np.float32, [num_keys, layer.head_dim])
+    def _rotate(self, heads: str, rotation: Rotation) -> str:
+        """Applies a rotation to heads [1, num_tokens, num_heads * head_dim]."""
+        first_row = self.graph.constant(np.zeros(1, np.int64))
+        return self.graph.node("RotaryEmbedding", [heads, first_row, rotation.cos, rotation.sin], domain=MICROSOFT)
 
-    def attend(self, index: int, queries: Sequence[str], mask: str | None) -> str:
-        """Attention of each KV head's queries over its rows, then the output projection -> [num_tokens, hidden_size].
+    def _attend(self, layer: LayerConfig, queries: Sequence[str], mask: str | None) -> str:
+        """Attention of each KV head's queries over its rows -> [num_tokens, num_heads * head_dim].
 
         Args:
             mask: additive, [num_tokens * heads per KV head, num_keys]; None where every row is visible
         """
-        layer, num_heads = self.stack.layers[index], self.stack.num_heads
-        width = num_heads // layer.num_kv_heads * layer.head_dim
+        width = self.weights.stack.num_heads // layer.num_kv_heads * layer.head_dim
         outputs = []
         for head, query in enumerate(queries):
             rows = self.graph.reshape(query, [-1, layer.head_dim])
@@ -178,55 +243,4 @@ class LayerEmitter:
                 scores = self.graph.node("Add", [scores, mask])
             weights = self.graph.node("Softmax", [scores], axis=-1)
             outputs.append(self.graph.reshape(self.graph.node("MatMul", [weights, values]), [-1, width]))
-        joined = outputs[0] if len(outputs) == 1 else self.graph.node("Concat", outputs, axis=-1)
-        name = f"layers.{index}.self_attn.o_proj"
-        return self.linear(joined, name, [(name, self.stack.hidden_size)], num_heads * layer.head_dim)
-
-    # the rest of a layer
-
-    def after_attention(self, index: int, attention: str, residual: str) -> tuple[str, str]:
-        """Post-attention norm, residual, MLP and its post norm; returns (MLP output, residual to add it to)."""
-        name, size = f"layers.{index}", self.stack.hidden_size
-        attention = self.rms_norm(attention, self.vector(f"{name}.post_attention_layernorm", size))
-        pre_mlp = self.vector(f"{name}.pre_feedforward_layernorm", size)
-        normed, residual = self.add_and_norm(attention, residual, pre_mlp)
-        output = self.mlp(index, normed)
-        return self.rms_norm(output, self.vector(f"{name}.post_feedforward_layernorm", size)), residual
-
-    def mlp(self, index: int, x: str) -> str:
-        """down(gelu(gate(x)) * up(x)), gate and up in one product."""
-        width, size, name = self.stack.layers[index].intermediate_size, self.stack.hidden_size, f"layers.{index}.mlp"
-        both = self.linear(x, f"{name}.gate_up_proj", [(f"{name}.gate_proj", width), (f"{name}.up_proj", width)], size)
-        gate, up = self.graph.split(both, [width, width])
-        gated = self.graph.node("Mul", [self.gelu(gate), up])
-        return self.linear(gated, f"{name}.down_proj", [(f"{name}.down_proj", size)], width)
-
-    def gelu(self, x: str) -> str:
-        """GELU by its tanh approximation."""
-        return self.graph.node("FastGelu", [x], domain=MICROSOFT)
-
-    def finish_layer(self, index: int, update: str, residual: str) -> tuple[str, str | None]:
-        """Adds a layer's last update and applies its scalar.
-
-        Returns:
-            the next layer's normed input (behind the last layer: the final norm) and its residual (None behind it)
-        """
-        is_last = index + 1 == len(self.stack.layers)
-        next_norm = "norm" if is_last else f"layers.{index + 1}.input_layernorm"
-        scalar = self.layer_scalar(index)
-        normed, total = self.add_and_norm(update, residual, self.vector(next_norm, self.stack.hidden_size), scalar)
-        if is_last or scalar == 1.0:
-            return normed, None if is_last else total
-        return normed, self.graph.node("Mul", [total, self.graph.constant(np.float32(scalar))])
-
-
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32:
-    """Rotary frequencies [head_dim / 2]; zero (cos 1, sin 0) for the slots that p-RoPE leaves unrotated.
-
-    Computed in float32, as transformers does.
-    """
-    num_rotated = int(rope.rotated_fraction * head_dim // 2)
-    exponents = np.arange(0, 2 * num_rotated, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.zeros(head_dim // 2, np.float32)
-    frequencies[:num_rotated] = np.float32(1) / np.float32(rope.theta) ** exponents
-    return frequencies
+        return outputs[0] if len(outputs) == 1 else self.graph.node("Concat", outputs, axis=-1)

@@ -66,13 +66,14 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """Where a matrix lies: codes and scales, or plain floats and no scales."""
+    """Where a matrix lies: codes and scales, or plain floats and no scales. `panels`: all its bytes, for native ops."""
 
     form: WeightFormat
     num_rows: int
     width: int
     rows: Region
     scales: Region | None
+    panels: Region | None = None
 
 
 Progress = Callable[[int], None]

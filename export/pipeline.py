@@ -18,6 +18,7 @@ from export.graph import DataFile, Graph
 from export.hf_config import drafter_config, generation_defaults, model_config
 from export.layers import LayerEmitter
 from export.linear import Matrix, PortableProduct, Progress, TensorRows
+from export.stack import StackWeights
 from export.staging import staged_folder
 from export.tables import StoredTable, embedding_multiplier, write_embed_graph, write_table
 from export.text_files import GENERATION_CONFIG, check_same_tokenizer, check_text_files, copy_text_files
@@ -137,7 +138,8 @@ def _write_decoder(source: Source, folder: Path, recipe: Recipe, token_table: St
     with DataFile(folder / "decoder.onnx.data") as data:
         graph = Graph("decoder", data)
         product = PortableProduct(recipe.activations)
-        emitter = LayerEmitter(graph, source.target, source.prefix, source.model, product, recipe.matrices, progress)
+        weights = StackWeights(source.target, source.prefix, source.model, recipe.matrices, data, progress)
+        emitter = LayerEmitter(graph, weights, product)
         DecoderGraph(emitter, source.model, recipe.ple_projections).emit(token_table.stored)
     graph.save(folder / "decoder.onnx")
 
@@ -148,7 +150,8 @@ def _write_drafter(
     with DataFile(folder / "drafter.onnx.data") as data:
         graph = Graph("drafter", data)
         product = PortableProduct(recipe.activations)
-        emitter = LayerEmitter(graph, checkpoint, "model.", config, product, recipe.drafter, progress)
+        weights = StackWeights(checkpoint, "model.", config, recipe.drafter, data, progress)
+        emitter = LayerEmitter(graph, weights, product)
         DrafterGraph(emitter, config).emit()
     graph.save(folder / "drafter.onnx")
 

@@ -3,6 +3,7 @@
 Source: transformers 5.22 `SinglePositionMultiTokenCandidateGenerator`; unlike it, only valid KV rows are read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime.model_config import DrafterConfig
+from runtime.decoder import RowInputs
+from runtime.model_config import AttentionKind, DrafterConfig
 from runtime.sampling import Distribution, SamplingParams, distribution
 from runtime.session import Binding, float_buffer
 from runtime.signature import kv_view_names
@@ -51,9 +53,14 @@ class DrafterModel:
         backbone = drafter.backbone_hidden_size
         self._input = float_buffer(1, 2 * backbone)
         self._state = float_buffer(1, backbone)
+        self._position_ids = np.empty(1, np.int64)
+        self._kinds = sorted({layer.kind for layer in drafter.layers})
+        self._rows = RowInputs(self._kinds)
         self._read_names = {name for layer in drafter.layers for name in kv_view_names(layer.kv_source, layer)}
         self._ids = np.empty(drafter.num_candidates, np.int64) if drafter.num_centroids else None
         self._logits = float_buffer(drafter.num_candidates)
+        self._whole: Binding | None = None  # over whole KV arrays, of the version behind it
+        self._whole_version = -1
 
     def draft(
         self,
@@ -85,15 +92,28 @@ class DrafterModel:
         return drafts
 
     def _bind(self) -> Binding:
-        """One binding serves a whole burst: position and KV rows stay, inputs and outputs are the same memory."""
+        """One binding serves a whole burst: position and KV rows stay, inputs and outputs are the same memory.
+
+        In the native layout it serves every burst until the cache grows.
+        """
         cache = self._target.cache
+        self._position_ids[0] = cache.num_tokens
+        if self._target.layout == "portable":
+            return self._bound_over({kind: slice(*cache.draft_span(kind)[:2]) for kind in self._kinds})
+        self._rows.fill(cache.draft_span)
+        if self._whole is None or self._whole_version != cache.arrays_version:
+            self._whole = self._bound_over(dict.fromkeys(self._kinds, slice(None)))
+            self._rows.bind(self._whole)
+            self._whole_version = cache.arrays_version
+        return self._whole
+
+    def _bound_over(self, rows: Mapping[AttentionKind, slice]) -> Binding:
         binding = Binding(self._session)
         binding.input("inputs_embeds", self._input)
-        binding.input("position_ids", np.array([cache.num_tokens], np.int64))
-        for kind, name, array in cache.arrays():
+        binding.input("position_ids", self._position_ids)
+        for kind, name, array in self._target.cache.arrays():
             if name in self._read_names:
-                span = cache.draft_span(kind)
-                binding.input(name, array[span.start : span.stop])
+                binding.input(name, array[rows[kind]])
         binding.output("projected_state", self._state)
         binding.output("candidate_logits", self._logits)
         if self._ids is not None:

@@ -51,6 +51,7 @@ class KVCache:
         """
         self.max_tokens = max_tokens
         self.num_tokens = 0
+        self.arrays_version = 0  # another one whenever `arrays` yields other memory
         self._num_trimmable = 0  # rows of earlier appends may be gone from the sliding arrays
         # the drafter sees one row more than the window
         self._kept_tokens = model.sliding_window + 1
@@ -120,6 +121,7 @@ class KVCache:
         full = self._kinds["full"]
         if needed <= full.capacity:
             return
+        self.arrays_version += 1
         full.capacity = min(self.max_tokens, -(-needed // GROWTH_TOKENS) * GROWTH_TOKENS)
         for name, old in full.arrays.items():
             grown = np.empty((full.capacity, old.shape[1]), np.float32)
