@@ -15,8 +15,7 @@ from export.checkpoint import Checkpoint, Indices
 from export.errors import CheckpointError
 from export.graph import MICROSOFT
 from export.layers import LayerEmitter
-from export.linear import Matrix, TensorRows, store
-from quant.recipe import WeightFormat
+from export.linear import Matrix, TensorRows
 from runtime.model_config import DrafterConfig
 
 TABLE = "model.embed_tokens.weight"
@@ -86,40 +85,41 @@ class DrafterGraph:
         ordering = token_ordering(outer.checkpoint, drafter)
         ids = graph.node("Gather", [self._ordering_table(ordering), best], axis=0)
         graph.node("Reshape", [ids, graph.constant(np.array([-1]))], outputs=["candidate_ids"])
-        rows = graph.reshape(self._gather_rows(outer, ordering, best), [num_candidates, drafter.hidden_size])
+        rows = self._gather_rows(outer, ordering, best)
         logits = graph.node("MatMul", [rows, graph.reshape(hidden, [drafter.hidden_size, 1])])
         graph.node("Reshape", [logits, graph.constant(np.array([-1]))], outputs=["candidate_logits"])
 
-    @property
-    def _tokens_per_centroid(self) -> int:
-        return self.drafter.vocab_size // self.drafter.num_centroids
-
     def _ordering_table(self, ordering: Indices) -> str:
-        graph = self.emitter.graph
-        region = graph.data.reserve((self.drafter.num_centroids, self._tokens_per_centroid), np.int64)
-        graph.data.write(region, 0, ordering)
-        return graph.external("token_ordering", region)
+        return self.emitter.graph.external(
+            "token_ordering", self.emitter.weights.keep_indices("token_ordering", ordering)
+        )
 
     def _gather_rows(self, outer: LayerEmitter, ordering: Indices, best: str) -> str:
-        """Table rows of the chosen centroids, as floats [num_active_centroids, tokens * hidden_size]."""
-        graph, form = self.emitter.graph, _head_format(outer.form, self.drafter.hidden_size)
+        """Table rows of the chosen centroids' tokens, as floats [num_candidates, hidden_size]."""
+        graph, form, size = self.emitter.graph, outer.form, self.drafter.hidden_size
         every_row = (TensorRows(TABLE, 0, self.drafter.vocab_size),)
-        matrix = Matrix("embed_tokens", outer.checkpoint, every_row, self.drafter.hidden_size, order=ordering.ravel())
-        stored = store(matrix, form, graph.data, outer.progress)
+        matrix = Matrix("embed_tokens", outer.checkpoint, every_row, size, order=ordering.ravel())
+        stored = outer.weights.keep(matrix, form)
         rows = graph.external("embed_tokens.weight", stored.rows.folded(self.drafter.num_centroids))
         if stored.scales is None:
             gathered = graph.node("Gather", [rows, best], axis=0)
-            return gathered if form.bits == 32 else graph.node("Cast", [gathered], to=1)
+            gathered = gathered if form.bits == 32 else graph.node("Cast", [gathered], to=1)
+            return graph.reshape(gathered, [self.drafter.num_candidates, size])
         scales = graph.external("embed_tokens.scales", stored.scales.folded(self.drafter.num_centroids))
-        return graph.node(
+        gathered = graph.node(
             "GatherBlockQuantized",
-            [rows, best, scales],
+            [rows, best, graph.node("Cast", [scales], to=1)],
             domain=MICROSOFT,
             bits=form.bits,
             block_size=form.block_size,
             gather_axis=0,
             quantize_axis=1,
         )
+        padded = graph.reshape(gathered, [self.drafter.num_candidates, -1])
+        if size % form.block_size == 0:
+            return padded
+        start, stop, axis = (graph.constant(np.array([value])) for value in (0, size, 1))
+        return graph.node("Slice", [padded, start, stop, axis])
 
 
 def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:
@@ -128,13 +128,3 @@ def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:
     if not np.array_equal(np.sort(ordering), np.arange(drafter.vocab_size)):
         raise CheckpointError(f"{checkpoint.place(TOKEN_ORDERING)} is no permutation of {drafter.vocab_size} tokens")
     return ordering.reshape(drafter.num_centroids, -1)
-
-
-def _head_format(form: WeightFormat, hidden_size: int) -> WeightFormat:
-    """The drafter's format, with blocks that do not cross rows of the table."""
-    if not form.is_quantized:
-        return form
-    block_size = form.block_size
-    while hidden_size % block_size:
-        block_size //= 2
-    return WeightFormat(form.bits, block_size)

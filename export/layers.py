@@ -16,7 +16,7 @@ import numpy as np
 from export.checkpoint import Checkpoint, Float32
 from export.errors import CheckpointError
 from export.graph import MICROSOFT, Graph
-from export.linear import Matrix, Product, Progress, StoredMatrix, TensorRows, store
+from export.linear import Matrix, Product, StoredMatrix, TensorRows, WeightStore
 from quant.recipe import WeightFormat
 from runtime.model_config import LayerConfig, RopeConfig, StackConfig
 from runtime.signature import key_name, key_view_name, kv_view_names, value_name, value_view_name
@@ -42,7 +42,7 @@ class LayerEmitter:
     stack: StackConfig
     product: Product
     form: WeightFormat
-    progress: Progress
+    weights: WeightStore
 
     # weights
 
@@ -56,8 +56,8 @@ class LayerEmitter:
         return self.product.emit(self.graph, x, self.keep(name, rows, width, form), name)
 
     def keep(self, name: str, rows: tuple[TensorRows, ...], width: int, form: WeightFormat) -> StoredMatrix:
-        """Stores rows of the checkpoint in the graph's data file."""
-        return store(Matrix(name, self.checkpoint, rows, width), form, self.graph.data, self.progress)
+        """Stores rows of the checkpoint, or finds them stored for another graph."""
+        return self.weights.keep(Matrix(name, self.checkpoint, rows, width), form)
 
     def vector(self, name: str, size: int) -> Float32:
         """A norm's weight [size]."""

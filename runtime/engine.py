@@ -21,6 +21,7 @@ from runtime.errors import ArtifactError, BusyError, ClosedError, RequestError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
 from runtime.manifest import Manifest, read_manifest, verify_digests
+from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
 from runtime.session import check_signature, open_session
 from runtime.signature import Signature, decoder_signature, drafter_signature
@@ -68,6 +69,7 @@ class Runtime:
         """Opens an artifact within the memory that the profile grants.
 
         Every file is checked against the manifest; digests are computed when a file is first seen or has changed.
+        Where the native operators of a native artifact cannot be used, a portable copy is made in the user's cache.
 
         Args:
             path: an artifact folder, as `edge-export` makes it
@@ -76,12 +78,16 @@ class Runtime:
 
         Raises:
             ArtifactError: a file is damaged, missing or of another version.
+            DestinationError: a portable copy is needed and cannot be made.
             MemoryBudgetError: the budget leaves no room for a context.
             ProfileError: the profile is unknown or not usable.
         """
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
+        if manifest.layout == "native" and not native_is_usable():
+            folder = portable_copy(folder, manifest)
+            manifest = read_manifest(folder)
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         verify_digests(folder, manifest, cache=user_cache_folder())
         return cls(manifest, device, context_tokens, _open(folder, manifest, device, context_tokens))
@@ -310,6 +316,11 @@ class Runtime:
             found = reprlib.repr(num_draft_tokens)
             raise RequestError(f"num_draft_tokens is {found}, expected an integer 0-{MAX_DRAFT_TOKENS}")
         return num_draft_tokens
+
+
+def native_is_usable() -> bool:
+    """Whether the operators of the native layout can be used here."""
+    return False
 
 
 def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> _Loaded:

@@ -1,0 +1,74 @@
+"""A portable copy of a native artifact, for machines that cannot run the native operators; made once and kept.
+
+It lies in the user's cache, in a folder for each artifact's place, under a name that stands for the artifact's content:
+another artifact in the same place makes a new copy and removes the old one.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+from runtime.convert import convert_artifact
+from runtime.errors import ArtifactError, BusyDestinationError, DestinationError
+from runtime.manifest import Manifest, read_manifest, verify_digests
+from runtime.verified_cache import user_cache_folder
+
+WAIT_SECONDS = 0.2
+WAY_OUT = "export or convert it with --layout portable"
+
+_log = logging.getLogger(__name__)
+
+
+def portable_copy(folder: Path, manifest: Manifest) -> Path:
+    """The folder of a portable copy of the native artifact in `folder`; makes it where there is none, with a warning.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+        DestinationError: the copy cannot be made: there is no cache folder, or no space in it.
+    """
+    cache = user_cache_folder()
+    if cache is None:
+        raise DestinationError(f"{_needed(folder)}, but there is no home folder to keep it in; {WAY_OUT}")
+    copy = cache / "portable" / _short_digest(os.fsencode(folder.resolve())) / _short_digest(manifest.to_bytes())
+    _log.warning("%s in %s; to do without, %s", _needed(folder), copy, WAY_OUT)
+    while not _is_whole(copy, cache):
+        try:
+            _make(folder, copy)
+        except BusyDestinationError:  # freed by the system even if the other process dies
+            time.sleep(WAIT_SECONDS)
+        except (DestinationError, OSError) as error:
+            size = sum(entry.size_bytes for entry in manifest.files.values())
+            reason = str(error).partition(";")[0]
+            raise DestinationError(
+                f"{_needed(folder)} of {size / 1e6:,.0f} MB, which cannot be made: {reason}; mend that, or {WAY_OUT}"
+            ) from error
+    return copy
+
+
+def _needed(folder: Path) -> str:
+    return f"{folder}: the native operators cannot be used here, a portable copy is needed"
+
+
+def _is_whole(copy: Path, cache: Path) -> bool:
+    try:
+        verify_digests(copy, read_manifest(copy), cache=cache)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _make(folder: Path, copy: Path) -> None:
+    if copy.exists():  # damaged
+        shutil.rmtree(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    convert_artifact(folder, copy, "portable")
+    for other in copy.parent.iterdir():
+        if other != copy and not other.name.startswith("."):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _short_digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
