@@ -181,7 +181,8 @@ def in_whole_panels(chunks: Iterable[tuple[Codes, Float16]], blocks: BlockFormat
     for chunk_codes, chunk_scales in chunks:
         codes, scales = np.concatenate([codes, chunk_codes]), np.concatenate([scales, chunk_scales])
         whole = len(codes) // PANEL_ROWS * PANEL_ROWS
-        yield codes[:whole], scales[:whole]
+        if whole:
+            yield codes[:whole], scales[:whole]
         codes, scales = codes[whole:], scales[whole:]
     missing = padded_rows(len(codes)) - len(codes)
     if missing:
