@@ -29,27 +29,35 @@ def portable_copy(folder: Path, manifest: Manifest) -> Path:
         ArtifactError: the artifact is damaged.
         DestinationError: the copy cannot be made: there is no cache folder, or no space in it.
     """
+    reason = f"{folder}: the native operators cannot be used here"
+    cannot = f"{reason}, and a portable copy of {_megabytes(manifest)} cannot be made"
     cache = user_cache_folder()
     if cache is None:
-        raise DestinationError(f"{_needed(folder)}, but there is no home folder to keep it in; {WAY_OUT}")
+        raise DestinationError(f"{cannot}: there is no home folder to keep it in; {WAY_OUT}")
     copy = cache / "portable" / _short_digest(os.fsencode(folder.resolve())) / _short_digest(manifest.to_bytes())
-    _log.warning("%s in %s; to do without, %s", _needed(folder), copy, WAY_OUT)
-    while not _is_whole(copy, cache):
+    _log.warning("%s; it is read from a portable copy in %s; to do without, %s", reason, copy, WAY_OUT)
+    while True:
+        existed = copy.exists()
+        if _is_whole(copy, cache):
+            return copy
         try:
-            _make(folder, copy)
+            _make(folder, copy, is_damaged=existed)
         except BusyDestinationError:  # freed by the system even if the other process dies
             time.sleep(WAIT_SECONDS)
         except (DestinationError, OSError) as error:
-            size = sum(entry.size_bytes for entry in manifest.files.values())
-            reason = str(error).partition(";")[0]
-            raise DestinationError(
-                f"{_needed(folder)} of {size / 1e6:,.0f} MB, which cannot be made: {reason}; mend that, or {WAY_OUT}"
-            ) from error
-    return copy
+            if copy.exists() and not existed:
+                continue  # another process was faster
+            raise DestinationError(f"{cannot}: {_fault(error)}; mend that, or {WAY_OUT}") from error
 
 
-def _needed(folder: Path) -> str:
-    return f"{folder}: the native operators cannot be used here, a portable copy is needed"
+def _megabytes(manifest: Manifest) -> str:
+    return f"{sum(entry.size_bytes for entry in manifest.files.values()) / 1e6:,.1f} MB"
+
+
+def _fault(error: DestinationError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error).partition(";")[0]
 
 
 def _is_whole(copy: Path, cache: Path) -> bool:
@@ -60,8 +68,8 @@ def _is_whole(copy: Path, cache: Path) -> bool:
     return True
 
 
-def _make(folder: Path, copy: Path) -> None:
-    if copy.exists():  # damaged
+def _make(folder: Path, copy: Path, *, is_damaged: bool) -> None:
+    if is_damaged:
         shutil.rmtree(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
     convert_artifact(folder, copy, "portable")
