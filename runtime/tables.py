@@ -6,7 +6,9 @@ So a table keeps nothing resident in this process, and a file that was cut short
 """
 
 import os
+import weakref
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,11 @@ class RowTable:
 
     def __init__(self, folder: Path, spec: TableSpec) -> None:
         self.spec = spec
-        self._file = (folder / spec.file).open("rb", buffering=0)
+        descriptor = os.open(folder / spec.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._release = weakref.finalize(self, os.close, descriptor)  # also where nobody calls `close`
+        self._file = FileIO(descriptor, closefd=False)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # neighbours are not read ahead
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # neighbours are not read ahead
         if spec.layout == "native":
             self._panel = np.empty(spec.matrix.panel_bytes // 4, np.uint32).reshape(1, spec.num_blocks, -1)
 
@@ -46,6 +50,7 @@ class RowTable:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+        self._release()
 
     def _floats(self, token_ids: Sequence[int]) -> Float32:
         rows = np.empty((len(token_ids), self.spec.width), np.float16 if self.spec.bits == 16 else np.float32)

@@ -156,3 +156,19 @@ def test_nothing_of_a_table_stays_resident(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["file_bytes"] > 1 << 30
     assert found["peak_bytes"] < SLACK_BYTES
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")
+@pytest.mark.parametrize("close", [RowTable.close, lambda table: None], ids=["closed", "dropped"])
+def test_the_file_is_given_back_once(close: Callable[[RowTable], None], tmp_path: Path) -> None:
+    table = write_table(tmp_path, np.ones((NUM_ROWS, 64), np.float32), 4, 32, "portable")
+    assert str(tmp_path / "table.bin") in open_files()
+    close(table)
+    close(table)
+    del table
+    assert str(tmp_path / "table.bin") not in open_files()
+
+
+def open_files() -> list[str]:
+    links = list(Path("/proc/self/fd").iterdir())  # the listing's own is gone by now
+    return [str(link.readlink()) for link in links if link.is_symlink()]
