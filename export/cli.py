@@ -5,26 +5,43 @@ Imports nothing heavy before an export starts: optimum builds this parser whenev
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from quant.recipe import RecipeError, make_recipe
 from runtime.errors import EdgeError
+from runtime.layout import LAYOUTS, Layout
+from runtime.staging import terminate_as_interrupt
+from runtime.strict_json import MANIFEST
+
+if TYPE_CHECKING:
+    from runtime.manifest import Manifest
 
 NEEDED = ("torch", "safetensors", "onnx", "tqdm")
 NEEDED_BY_OPTIMUM = ("transformers", "optimum", "requests")
+RECIPE_OPTIONS = ("bits", "block_size", "activations")
+DEFAULT_BITS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds SOURCE, OUT and the options."""
-    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, 'demo' (bundled) or a hub id")
-    parser.add_argument("output", metavar="OUT", type=Path, help="artifact folder to make")
-    parser.add_argument("--drafter", metavar="DIR", help="folder or hub id of the model's MTP assistant")
-    parser.add_argument("--bits", type=int, default=4, metavar="4|8|16|32", help="bits of a weight (default: 4)")
     parser.add_argument(
-        "--block-size", type=int, default=32, metavar="N", help="weights that share a scale (default: 32)"
+        "source", metavar="SOURCE", help="checkpoint folder, 'demo' (bundled), a hub id, or an artifact to convert"
     )
+    parser.add_argument("output", metavar="OUT", type=Path, help="artifact folder to make")
+    parser.add_argument(
+        "--layout",
+        metavar="|".join(LAYOUTS),
+        help="native: weights as the runtime's own operators read them, fast (default where bits, block size and "
+        "activations allow it); portable: as stock onnxruntime reads them. An artifact as SOURCE is converted, to the "
+        "bytes that an export in that layout makes",
+    )
+    parser.add_argument("--drafter", metavar="DIR", help="folder or hub id of the model's MTP assistant")
+    parser.add_argument("--bits", type=int, metavar="4|8|16|32", help="bits of a weight (default: 4)")
+    parser.add_argument("--block-size", type=int, metavar="N", help="weights that share a scale (default: 32)")
     parser.add_argument(
         "--activations",
-        default="int8",
         metavar="int8|float32",
         help="what 4- and 8-bit products compute in (default: int8; float32 is slow and exact)",
     )
@@ -32,31 +49,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export(options: argparse.Namespace, *, through_optimum: bool = False) -> None:
-    """Runs the export that parsed options describe, directly or as the exporter that optimum's TasksManager names.
+    """Runs the export that parsed options describe, directly or as optimum's exporter, or the conversion.
 
     Raises:
         EdgeError: an option, the source or the destination cannot be used.
     """
+    is_conversion = os.path.lexists(Path(options.source) / MANIFEST)
+    with terminate_as_interrupt():
+        manifest = _convert(options) if is_conversion else _export(options, through_optimum=through_optimum)
+    size = sum(entry.size_bytes for entry in manifest.files.values())
+    drafting = "with drafter" if manifest.drafter else "without drafter"
+    hint = "" if manifest.drafter or is_conversion else " (pass --drafter for speed)"
+    stored = f"{manifest.token_table.bits} bits, {manifest.layout}"
+    print(f"{options.output}: {size / 1e6:,.1f} MB, {stored}, {drafting}{hint}")
+
+
+def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest":
     _check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
     from export.pipeline import export_artifact, open_source
     from export.source import resolve_source
-    from export.staging import terminate_as_interrupt
-    from quant.recipe import RecipeError, make_recipe
 
     if through_optimum:
         from export.optimum_backend import export_artifact
+    given = {name: value for name in RECIPE_OPTIONS if (value := getattr(options, name)) is not None}
     try:
-        recipe = make_recipe(options.bits, options.block_size, options.activations)
+        recipe = make_recipe(**({"bits": DEFAULT_BITS} | given))
     except RecipeError as error:
         raise EdgeError(str(error)) from error
-    with terminate_as_interrupt():
-        target, drafter = resolve_source(options.source, options.drafter)
-        manifest = export_artifact(
-            open_source(target, drafter), options.output, recipe, show_progress=not options.quiet
-        )
-    size = sum(entry.size_bytes for entry in manifest.files.values())
-    drafting = "with drafter" if manifest.drafter else "without drafter (pass --drafter for speed)"
-    print(f"{options.output}: {size / 1e6:,.1f} MB, {options.bits} bits, {drafting}")
+    layout = _layout(options)
+    target, drafter = resolve_source(options.source, options.drafter)
+    source = open_source(target, drafter)
+    return export_artifact(source, options.output, recipe, layout=layout, show_progress=not options.quiet)
+
+
+def _convert(options: argparse.Namespace) -> "Manifest":
+    """Converts SOURCE, an artifact."""
+    from runtime.convert import convert_artifact
+
+    for name in ("drafter", *RECIPE_OPTIONS):
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise EdgeError(f"{option}: {options.source} is an artifact, only --layout can change; export a checkpoint")
+    layout = _layout(options)
+    if layout is None:
+        raise EdgeError(f"{options.source} is an artifact; say what to convert it to: --layout {' or '.join(LAYOUTS)}")
+    return convert_artifact(Path(options.source), options.output, layout)
+
+
+def _layout(options: argparse.Namespace) -> Layout | None:
+    if options.layout is None:
+        return None
+    for layout in LAYOUTS:
+        if options.layout == layout:
+            return layout
+    raise EdgeError(f"--layout {options.layout}: choose {' or '.join(LAYOUTS)}")
 
 
 def _check_installed(modules: tuple[str, ...]) -> None:

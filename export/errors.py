@@ -2,7 +2,7 @@
 
 ValueError
 └── EdgeError                (runtime.errors)
-    ├── ExportError          an export that cannot start or go on: destination, lock, options
+    ├── ExportError          an export that cannot start or go on: source, options, disk
     └── CheckpointError      a source checkpoint that is damaged, incomplete or not a Gemma 4
 """
 

@@ -1,4 +1,4 @@
-"""A thin builder of ONNX graphs: named nodes, small constants inline, weights in one external file.
+"""A thin builder of ONNX graphs: named nodes, small constants inline, weights in external files.
 
 Knows no model. Names come from counters, so that the same calls give the same bytes.
 
@@ -16,11 +16,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime.matrix_spec import ALIGNMENT
+
 OPSET = 21
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
-EDGE = "edge"  # the native ops
-ALIGNMENT = 4096
+EDGE = "edge"  # the domain of the runtime's own operators
 Array = npt.NDArray[Any]
 
 
@@ -76,23 +77,16 @@ class DataFile:
 
 
 class Graph:
-    """An ONNX graph under construction; its own weights go to `data`."""
+    """An ONNX graph under construction."""
 
-    def __init__(self, name: str, data: DataFile | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._data = data
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[Any, ...], str] = {}
         self._num_names = 0
-
-    @property
-    def data(self) -> DataFile:
-        """The graph's own weight file."""
-        assert self._data is not None, f"{self.name} has no weights of its own"
-        return self._data
 
     def fresh(self, stem: str) -> str:
         """A value name that is not in use."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from export import pipeline
 from export.pipeline import Source
 from quant.recipe import Recipe
+from runtime.layout import Layout
 from runtime.manifest import Manifest
 
 BACKEND = "edge"
@@ -36,9 +37,17 @@ class Gemma4TextEdgeConfig(ExporterConfig):  # type: ignore[misc]  # optimum shi
         """What the artifact takes: the token ids of one prompt, of any length."""
         return {"input_ids": {1: "sequence_length"}}
 
-    def export(self, source: Source, destination: Path, recipe: Recipe, *, show_progress: bool = True) -> Manifest:
+    def export(
+        self,
+        source: Source,
+        destination: Path,
+        recipe: Recipe,
+        *,
+        layout: Layout | None = None,
+        show_progress: bool = True,
+    ) -> Manifest:
         """Writes the artifact folder; as `export.pipeline.export_artifact`."""
-        return pipeline.export_artifact(source, destination, recipe, show_progress=show_progress)
+        return pipeline.export_artifact(source, destination, recipe, layout=layout, show_progress=show_progress)
 
 
 @_register("gemma4", TASK)
@@ -48,11 +57,13 @@ class Gemma4EdgeConfig(Gemma4TextEdgeConfig):
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig.with_args(vocab_size="text_config.vocab_size")
 
 
-def export_artifact(source: Source, destination: Path, recipe: Recipe, *, show_progress: bool = True) -> Manifest:
+def export_artifact(
+    source: Source, destination: Path, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
+) -> Manifest:
     """As `export.pipeline.export_artifact`, through the exporter that TasksManager has for the source's model type."""
     config = AutoConfig.from_pretrained(source.target.folder)
     constructor = TasksManager.get_exporter_config_constructor(
         BACKEND, model_type=config.model_type, task=TASK, library_name="transformers"
     )
     exporter: Gemma4TextEdgeConfig = constructor(config)
-    return exporter.export(source, destination, recipe, show_progress=show_progress)
+    return exporter.export(source, destination, recipe, layout=layout, show_progress=show_progress)

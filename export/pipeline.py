@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from export.checkpoint import Checkpoint
@@ -17,14 +16,16 @@ from export.errors import CheckpointError, ExportError
 from export.graph import DataFile, Graph
 from export.hf_config import drafter_config, generation_defaults, model_config
 from export.layers import LayerEmitter
-from export.linear import Matrix, PortableProduct, Progress, TensorRows
-from export.stack import StackWeights
-from export.staging import staged_folder
+from export.linear import Matrix, PortableProduct, Progress, StoredMatrix, TensorRows, WeightStore
+from export.native_layers import NativeLayerEmitter
+from export.stack import Emitter, StackWeights
 from export.tables import StoredTable, embedding_multiplier, write_embed_graph, write_table
 from export.text_files import GENERATION_CONFIG, check_same_tokenizer, check_text_files, copy_text_files
-from quant.recipe import Recipe
+from quant.recipe import NATIVE_BLOCK_SIZE, Recipe
+from runtime.layout import DECODER, DECODER_DATA, DRAFTER, DRAFTER_DATA, EMBED, Layout, graph_file
 from runtime.manifest import FORMAT_VERSION, MANIFEST, Manifest, file_entry
 from runtime.model_config import DrafterConfig, ModelConfig
+from runtime.staging import staged_folder
 
 PREFIXES = ("model.language_model.", "model.", "language_model.model.", "")
 
@@ -73,35 +74,47 @@ def open_source(target: Path, drafter: Path | None) -> Source:
     return Source(checkpoint, model, prefix, generation, drafter_checkpoint, config)
 
 
-def export_artifact(source: Source, destination: Path, recipe: Recipe, *, show_progress: bool = True) -> Manifest:
+def export_artifact(
+    source: Source, destination: Path, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
+) -> Manifest:
     """Writes the artifact folder `destination` and returns its manifest.
 
     Everything is written to a temporary sibling and renamed into place, so `destination` is complete or absent.
 
+    Args:
+        layout: native where the recipe allows it, if None
+
     Raises:
         CheckpointError: the source does not hold what its configuration says.
-        ExportError: the destination cannot be used, or the disk is full.
+        DestinationError: the destination cannot be used.
+        ExportError: the recipe does not allow the layout, or the disk is full.
     """
+    layouts = emitted_layouts(recipe)
+    layout = layout or layouts[-1]
+    if layout not in layouts:
+        raise ExportError(
+            f"--layout {layout}: only 4- and 8-bit weights in blocks of a multiple of {NATIVE_BLOCK_SIZE} with int8 "
+            f"activations have it, this is {_described(recipe)}; change that or export with --layout portable"
+        )
     folders = [source.target.folder] + ([source.drafter.folder] if source.drafter else [])
     try:
         with staged_folder(destination, sources=folders) as folder, _progress(source, show_progress) as progress:
-            return _write(source, folder, recipe, progress)
+            return _Export(source, recipe, layout, layouts, folder, progress).write()
     except OSError as error:
         reason = f"{error.filename or destination}: {error.strerror or error}"
         raise ExportError(f"{reason}; the export was given up, mend that and export again") from error
 
 
-def _write(source: Source, folder: Path, recipe: Recipe, progress: Progress) -> Manifest:
-    token_table = _write_token_table(source, folder, recipe, progress)
-    ple_table = _write_ple_table(source, folder, recipe, progress)
-    write_embed_graph(folder / "embed.onnx", token_table, ple_table)
-    _write_decoder(source, folder, recipe, token_table, progress)
-    if source.drafter and source.drafter_config:
-        _write_drafter(source.drafter, source.drafter_config, folder, recipe, progress)
-    copy_text_files(source.target, folder)
-    manifest = _manifest(source, folder, recipe, token_table, ple_table)
-    (folder / MANIFEST).write_bytes(manifest.to_bytes())
-    return manifest
+def emitted_layouts(recipe: Recipe) -> tuple[Layout, ...]:
+    """Layouts whose graphs an artifact of the recipe holds; the last one is the default."""
+    # in this order, whatever the artifact's own layout, so that matrices are stored in one order
+    return ("portable", "native") if recipe.allows_native else ("portable",)
+
+
+def _described(recipe: Recipe) -> str:
+    form = recipe.matrices
+    blocks = f" in blocks of {form.block_size}" if form.is_quantized else ""
+    return f"{form.bits} bits{blocks} with {recipe.activations} activations"
 
 
 @contextmanager
@@ -117,64 +130,94 @@ def _progress(source: Source, show: bool) -> Iterator[Progress]:
         yield advance
 
 
-def _write_token_table(source: Source, folder: Path, recipe: Recipe, progress: Progress) -> StoredTable:
-    model = source.model
-    rows = (TensorRows(f"{source.prefix}embed_tokens.weight", 0, model.vocab_size),)
-    matrix = Matrix("token_table", source.target, rows, model.hidden_size)
-    multiplier = embedding_multiplier(model.hidden_size)
-    # MatMulNBits, which reads the same scales for the logits, takes float32 only
-    return write_table(folder / "token_table.bin", matrix, recipe.token_table, np.float32, multiplier, progress)
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """One export into a staged folder: weights once, in `layout`, and graphs for each of `layouts`."""
 
+    source: Source
+    recipe: Recipe
+    layout: Layout
+    layouts: tuple[Layout, ...]
+    folder: Path
+    progress: Progress
 
-def _write_ple_table(source: Source, folder: Path, recipe: Recipe, progress: Progress) -> StoredTable:
-    model = source.model
-    rows = (TensorRows(f"{source.prefix}embed_tokens_per_layer.weight", 0, model.vocab_size),)
-    matrix = Matrix("ple_table", source.target, rows, len(model.layers) * model.ple_size)
-    multiplier = embedding_multiplier(model.ple_size)
-    return write_table(folder / "ple_table.bin", matrix, recipe.ple_table, np.float16, multiplier, progress)
+    def write(self) -> Manifest:
+        """Writes every file, the manifest last."""
+        source = self.source
+        token_table, ple_table = self._write_token_table(), self._write_ple_table()
+        write_embed_graph(self._graph_path(EMBED, "portable"), token_table, ple_table)
+        matrices = [token_table.stored, *self._write_decoder(token_table.stored)]
+        if source.drafter and source.drafter_config:
+            matrices += self._write_drafter(source.drafter, source.drafter_config)
+        copy_text_files(source.target, self.folder)
+        manifest = self._manifest(token_table, ple_table, matrices)
+        (self.folder / MANIFEST).write_bytes(manifest.to_bytes())
+        return manifest
 
+    def _write_token_table(self) -> StoredTable:
+        model, source = self.source.model, self.source
+        rows = (TensorRows(f"{source.prefix}embed_tokens.weight", 0, model.vocab_size),)
+        matrix = Matrix("token_table", source.target, rows, model.hidden_size)
+        path, multiplier = self.folder / "token_table.bin", embedding_multiplier(model.hidden_size)
+        return write_table(path, matrix, self.recipe.token_table, self.layout, multiplier, self.progress)
 
-def _write_decoder(source: Source, folder: Path, recipe: Recipe, token_table: StoredTable, progress: Progress) -> None:
-    with DataFile(folder / "decoder.onnx.data") as data:
-        graph = Graph("decoder", data)
-        product = PortableProduct(recipe.activations)
-        weights = StackWeights(source.target, source.prefix, source.model, recipe.matrices, data, progress)
-        emitter = LayerEmitter(graph, weights, product)
-        DecoderGraph(emitter, source.model, recipe.ple_projections).emit(token_table.stored)
-    graph.save(folder / "decoder.onnx")
+    def _write_ple_table(self) -> StoredTable:
+        model, source = self.source.model, self.source
+        rows = (TensorRows(f"{source.prefix}embed_tokens_per_layer.weight", 0, model.vocab_size),)
+        matrix = Matrix("ple_table", source.target, rows, len(model.layers) * model.ple_size)
+        path, multiplier = self.folder / "ple_table.bin", embedding_multiplier(model.ple_size)
+        # never multiplied: rows are what its reader wants, whatever the artifact's layout
+        return write_table(path, matrix, self.recipe.ple_table, "portable", multiplier, self.progress)
 
+    def _write_decoder(self, lm_head: StoredMatrix) -> list[StoredMatrix]:
+        source, model, recipe = self.source, self.source.model, self.recipe
+        with DataFile(self.folder / DECODER_DATA) as data:
+            store = WeightStore(data, self.layout, self.progress)
+            weights = StackWeights(source.target, source.prefix, model, recipe.matrices, store)
+            for layout in self.layouts:
+                graph = Graph("decoder")
+                DecoderGraph(self._emitter(layout, graph, weights), model, recipe.ple_projections).emit(lm_head)
+                graph.save(self._graph_path(DECODER, layout))
+        return store.matrices
 
-def _write_drafter(
-    checkpoint: Checkpoint, config: DrafterConfig, folder: Path, recipe: Recipe, progress: Progress
-) -> None:
-    with DataFile(folder / "drafter.onnx.data") as data:
-        graph = Graph("drafter", data)
-        product = PortableProduct(recipe.activations)
-        weights = StackWeights(checkpoint, "model.", config, recipe.drafter, data, progress)
-        emitter = LayerEmitter(graph, weights, product)
-        DrafterGraph(emitter, config).emit()
-    graph.save(folder / "drafter.onnx")
+    def _write_drafter(self, checkpoint: Checkpoint, config: DrafterConfig) -> list[StoredMatrix]:
+        with DataFile(self.folder / DRAFTER_DATA) as data:
+            store = WeightStore(data, self.layout, self.progress)
+            weights = StackWeights(checkpoint, "model.", config, self.recipe.drafter, store)
+            for layout in self.layouts:
+                graph = Graph("drafter")
+                DrafterGraph(self._emitter(layout, graph, weights), config).emit()
+                graph.save(self._graph_path(DRAFTER, layout))
+        return store.matrices
 
+    def _emitter(self, layout: Layout, graph: Graph, weights: StackWeights) -> Emitter:
+        if layout == "native":
+            return NativeLayerEmitter(graph, weights)
+        return LayerEmitter(graph, weights, PortableProduct(self.recipe.activations))
 
-def _manifest(
-    source: Source, folder: Path, recipe: Recipe, token_table: StoredTable, ple_table: StoredTable
-) -> Manifest:
-    sources = {f"target/{name}": digest for name, digest in source.target.digests().items()}
-    if source.drafter:
-        sources |= {f"drafter/{name}": digest for name, digest in source.drafter.digests().items()}
-    names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        producer=f"gemma-edge {version('gemma-edge')}",
-        model=source.model,
-        drafter=source.drafter_config,
-        token_table=token_table.spec,
-        ple_table=ple_table.spec,
-        recipe=recipe.to_json(),
-        sources=sources,
-        generation=source.generation,
-        files={name: file_entry(folder / name) for name in names},
-    )
+    def _graph_path(self, graph: str, works_on: Layout) -> Path:
+        return self.folder / graph_file(graph, works_on, self.layout)
+
+    def _manifest(self, token_table: StoredTable, ple_table: StoredTable, matrices: list[StoredMatrix]) -> Manifest:
+        source = self.source
+        sources = {f"target/{name}": digest for name, digest in source.target.digests().items()}
+        if source.drafter:
+            sources |= {f"drafter/{name}": digest for name, digest in source.drafter.digests().items()}
+        names = sorted(file.name for file in self.folder.iterdir() if not file.name.startswith("."))
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            layout=self.layout,
+            producer=f"gemma-edge {version('gemma-edge')}",
+            model=source.model,
+            drafter=source.drafter_config,
+            token_table=token_table.spec,
+            ple_table=ple_table.spec,
+            matrices=tuple(matrix.spec for matrix in matrices) if len(self.layouts) > 1 else (),
+            recipe=self.recipe.to_json(),
+            sources=sources,
+            generation=source.generation,
+            files={name: file_entry(self.folder / name) for name in names},
+        )
 
 
 def _tensor_prefix(checkpoint: Checkpoint) -> str:

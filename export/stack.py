@@ -7,15 +7,15 @@ Source: transformers 5.22 `models/gemma4/modeling_gemma4.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from export.checkpoint import Checkpoint, Float32, Indices
 from export.errors import CheckpointError
-from export.graph import DataFile, Graph, Region
-from export.linear import Matrix, Progress, StoredMatrix, TensorRows, store
+from export.graph import Graph, Region
+from export.linear import Matrix, StoredMatrix, TensorRows, WeightStore
 from quant.recipe import WeightFormat
 from runtime.model_config import LayerConfig, RopeConfig, StackConfig
 
@@ -32,16 +32,13 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class StackWeights:
-    """Tensors of one stack. `prefix` leads their names in the checkpoint; matrices go to `data`, each one once."""
+    """Tensors of one stack. `prefix` leads their names in the checkpoint; matrices go to `store`, each one once."""
 
     checkpoint: Checkpoint
     prefix: str
     stack: StackConfig
     form: WeightFormat
-    data: DataFile
-    progress: Progress
-    _matrices: dict[str, Weight] = field(default_factory=dict)
-    _tables: dict[str, Region] = field(default_factory=dict)
+    store: WeightStore
 
     # matrices
 
@@ -86,18 +83,11 @@ class StackWeights:
         self, name: str, rows: tuple[TensorRows, ...], width: int, form: WeightFormat, order: Indices | None = None
     ) -> Weight:
         """Rows of the checkpoint, stored in a format of their own when first asked for."""
-        if name not in self._matrices:
-            matrix = Matrix(name, self.checkpoint, rows, width, order)
-            self._matrices[name] = Weight(name, store(matrix, form, self.data, self.progress))
-        return self._matrices[name]
+        return Weight(name, self.store.keep(Matrix(name, self.checkpoint, rows, width, order), form))
 
     def table(self, name: str, values: Indices) -> Region:
         """Integers, stored when first asked for."""
-        if name not in self._tables:
-            region = self.data.reserve(values.shape, values.dtype)
-            self.data.write(region, 0, values)
-            self._tables[name] = region
-        return self._tables[name]
+        return self.store.keep_indices(name, values)
 
     # vectors
 

@@ -9,49 +9,51 @@ from pathlib import Path
 import numpy as np
 
 from export.graph import MICROSOFT, DataFile, Graph
-from export.linear import Matrix, Progress, StoredMatrix, store
+from export.linear import Matrix, Progress, StoredMatrix, WeightStore
 from quant.recipe import WeightFormat
-from runtime.manifest import TableSpec
+from runtime.layout import Layout
+from runtime.matrix_spec import TableSpec
 
 FLOAT = 1  # TensorProto.FLOAT
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTable:
-    """A table file: where its rows lie, and what a looked-up row is multiplied with."""
+    """A table file: where its rows lie, in which layout, and what a looked-up row is multiplied with."""
 
     stored: StoredMatrix
+    layout: Layout
     multiplier: float
 
     @property
     def spec(self) -> TableSpec:
-        """The manifest's description, for readers that map the file."""
-        rows, scales, form = self.stored.rows, self.stored.scales, self.stored.form
-        assert rows.offset == 0
+        """The manifest's description, for readers of the file."""
+        stored = self.stored
+        assert stored.rows.offset == 0
         return TableSpec(
-            file=rows.location,
-            num_rows=self.stored.num_rows,
-            width=self.stored.width,
-            bits=form.bits,
-            block_size=form.block_size,
-            scale_offset=scales.offset if scales else 0,
-            scale_dtype=scales.dtype.name if scales else "",
+            file=stored.rows.location,
+            num_rows=stored.num_rows,
+            width=stored.width,
+            bits=stored.form.bits,
+            block_size=stored.form.block_size,
+            layout=self.layout,
             multiplier=self.multiplier,
         )
 
 
 def write_table(
-    path: Path, matrix: Matrix, form: WeightFormat, scale_type: type, multiplier: float, progress: Progress
+    path: Path, matrix: Matrix, form: WeightFormat, layout: Layout, multiplier: float, progress: Progress
 ) -> StoredTable:
-    """Writes one table file, rows first, scales behind them."""
+    """Writes one table as a file of its own."""
     with DataFile(path) as data:
-        return StoredTable(store(matrix, form, data, progress, scale_type), multiplier)
+        return StoredTable(WeightStore(data, layout, progress).keep(matrix, form), layout, multiplier)
 
 
 def write_embed_graph(path: Path, token_table: StoredTable, ple_table: StoredTable) -> None:
     """embed.onnx: input_ids [num_tokens] -> inputs_embeds and per_layer_inputs, as decoder.onnx takes them.
 
-    Where scales are float16, so is the graph's look-up: its rows are rounded to 11 bits, which the runtime's are not.
+    Works on the portable layout. Its look-up is float16 as the scales are: quantized rows are rounded to 11 bits, which
+    the runtime's are not.
     """
     graph = Graph("embed")
     graph.input("input_ids", np.int64, ["num_tokens"])
@@ -79,8 +81,7 @@ def _gather(graph: Graph, name: str, stored: StoredMatrix) -> str:
         gather_axis=0,
         quantize_axis=1,
     )
-    if stored.scales.dtype != np.float32:
-        gathered = graph.node("Cast", [gathered], to=FLOAT)
+    gathered = graph.node("Cast", [gathered], to=FLOAT)
     if stored.width % form.block_size == 0:
         return gathered
     start, stop, axis = (graph.constant(np.array([value])) for value in (0, stored.width, 1))

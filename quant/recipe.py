@@ -10,6 +10,7 @@ from typing import Any, Literal
 Activations = Literal["int8", "float32"]
 BITS = (4, 8, 16, 32)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+NATIVE_BLOCK_SIZE = 32  # the native product takes blocks of this size and its multiples
 
 
 class RecipeError(ValueError):
@@ -39,6 +40,12 @@ class Recipe:
     ple_table: WeightFormat
     drafter: WeightFormat
     activations: Activations
+
+    @property
+    def allows_native(self) -> bool:
+        """Whether the native layout exists for it."""
+        form = self.matrices
+        return form.is_quantized and form.block_size % NATIVE_BLOCK_SIZE == 0 and self.activations == "int8"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the manifest."""

@@ -6,8 +6,9 @@ from runtime.kv_cache import GROWTH_TOKENS, full_bytes_per_token, sliding_bytes
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 
-# onnxruntime packs quantized weights into heap memory of up to this many times the file (measured, 4 bits, block 32)
-PREPACK_FACTOR = 1.2
+# onnxruntime packs quantized weights into heap memory and widens their scales to float32 beside it: together up to this
+# many times the file (measured, 4 bits, block 32)
+PREPACK_FACTOR = 1.6
 SESSION_BYTES = 96 << 20  # interpreter, libraries and graphs: anonymous memory of an idle runtime, rounded up
 # attention scores, their masks and what the arena keeps of shorter ones (measured on E2B, 2,000 and 6,000 tokens)
 SCORE_COPIES = 6

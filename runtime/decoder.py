@@ -13,9 +13,10 @@ import onnxruntime as ort
 
 from profiles import MAX_DRAFT_TOKENS
 from runtime.kv_cache import KVCache, Span
+from runtime.layout import Layout
 from runtime.model_config import AttentionKind, ModelConfig
 from runtime.session import Binding, float_buffer
-from runtime.signature import Layout, mask_name, num_top_logits, rows_name
+from runtime.signature import mask_name, num_top_logits, rows_name
 
 MASKED = np.float32(-1e30)
 LARGEST_STEP = MAX_DRAFT_TOKENS + 1  # tokens of a forward that is not a prefill's

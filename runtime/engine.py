@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
+from runtime import native
 from runtime.budget import context_that_fits, max_new_tokens
 from runtime.chat import ChatTemplate, plain_messages
 from runtime.draft_policy import StepCosts
@@ -21,7 +22,9 @@ from runtime.drafter import DrafterModel
 from runtime.errors import ArtifactError, BusyError, ClosedError, InferenceError, RequestError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
+from runtime.layout import DECODER, DRAFTER, Layout
 from runtime.manifest import Manifest, read_manifest, verify_digests
+from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
 from runtime.session import check_signature, open_session
 from runtime.signature import Signature, decoder_signature, drafter_signature
@@ -71,7 +74,8 @@ class Runtime:
         """Opens an artifact within the memory that the profile grants.
 
         Every file is checked against the manifest; digests are computed when a file is first seen or has changed. The
-        first load also measures, for a part of a second, what drafting costs on this machine.
+        first load also measures, for a part of a second, what drafting costs on this machine. Where the native ops of a
+        native artifact cannot be used, a portable copy is made in the user's cache.
 
         Args:
             path: an artifact folder, as `edge-export` makes it
@@ -80,6 +84,7 @@ class Runtime:
 
         Raises:
             ArtifactError: a file is damaged, missing or of another version.
+            DestinationError: a portable copy is needed and cannot be made.
             MemoryBudgetError: the budget leaves no room for a context.
             ProfileError: the profile is unknown or not usable.
             InferenceError: the model does not run.
@@ -87,6 +92,9 @@ class Runtime:
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
+        if manifest.layout == "native" and (reason := native.unusable_because()):
+            folder = portable_copy(folder, manifest, reason)
+            manifest = read_manifest(folder)
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         verify_digests(folder, manifest, cache=user_cache_folder())
         loaded = _open(folder, manifest, device, context_tokens)
@@ -324,19 +332,20 @@ class Runtime:
 
 
 def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> _Loaded:
-    model = manifest.model
+    model, layout = manifest.model, manifest.layout
     tokenizer = Tokenizer.load(folder / "tokenizer.json", bos_token_id=model.bos_token_id)
     template = _chat_template(folder, manifest, tokenizer)
     target = TargetModel(
-        _open_graph(folder / "decoder.onnx", profile, decoder_signature(model)),
+        _open_graph(folder / DECODER, profile, layout, decoder_signature(model, layout)),
         model,
         KVCache(model, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
+        layout,
     )
     drafter = None
     if manifest.drafter is not None:
-        session = _open_graph(folder / "drafter.onnx", profile, drafter_signature(manifest.drafter))
+        session = _open_graph(folder / DRAFTER, profile, layout, drafter_signature(manifest.drafter, layout))
         drafter = DrafterModel(session, manifest.drafter, target)
     return _Loaded(target, drafter, tokenizer, template)
 
@@ -358,8 +367,8 @@ def _step_costs(folder: Path, loaded: _Loaded, profile: DeviceProfile) -> StepCo
     return costs
 
 
-def _open_graph(path: Path, profile: DeviceProfile, signature: Signature) -> ort.InferenceSession:
-    session = open_session(path, profile)
+def _open_graph(path: Path, profile: DeviceProfile, layout: Layout, signature: Signature) -> ort.InferenceSession:
+    session = open_session(path, profile, layout)
     check_signature(path, session, signature)
     return session
 

@@ -3,6 +3,8 @@
 ValueError
 └── EdgeError
     ├── ArtifactError        a file of an artifact is damaged, missing, foreign or of another version
+    ├── DestinationError     a folder cannot be written: in use, not empty, no space
+    │   └── BusyDestinationError   another process is writing it
     ├── RequestError         a prompt or an option that cannot be served
     ├── MemoryBudgetError    the budget is below what is needed
     ├── BusyError            the runtime is generating for another thread
@@ -17,6 +19,14 @@ class EdgeError(ValueError):
 
 class ArtifactError(EdgeError):
     """A file of an artifact is damaged, missing, foreign or of another format version."""
+
+
+class DestinationError(EdgeError):
+    """A folder that is to be written cannot be."""
+
+
+class BusyDestinationError(DestinationError):
+    """Another process is writing the folder."""
 
 
 class RequestError(EdgeError):

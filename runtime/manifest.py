@@ -10,7 +10,6 @@ The runtime reads it and `export` imports it to write; knows nothing of how a fi
 
 import hashlib
 import json
-import math
 import os
 import re
 import reprlib
@@ -22,33 +21,50 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from runtime.errors import ArtifactError, RequestError
+from runtime.layout import (
+    DECODER,
+    DECODER_DATA,
+    DRAFTER,
+    DRAFTER_DATA,
+    EMBED,
+    LAYOUTS,
+    Layout,
+    graph_file,
+    other_layout,
+)
+from runtime.matrix_spec import MatrixSpec, TableSpec, check_matrices
 from runtime.model_config import DrafterConfig, ModelConfig, StackConfig
 from runtime.sampling import SamplingParams
-from runtime.strict_json import MANIFEST, WAY_OUT, bad_field, integer, object_of, parse, sha256_digest, string
+from runtime.strict_json import (
+    MANIFEST,
+    WAY_OUT,
+    bad_field,
+    integer,
+    list_of,
+    object_of,
+    one_of,
+    parse,
+    sha256_digest,
+    string,
+)
 from runtime.verified_cache import recall, record_path, remember
 
 __all__ = [
-    "DRAFTER_FILES",
     "FORMAT_VERSION",
     "MANIFEST",
-    "REQUIRED_FILES",
     "FileEntry",
     "Manifest",
-    "TableSpec",
     "check_files",
+    "damaged",
     "file_entry",
     "read_manifest",
     "verify_digests",
 ]
 
-FORMAT_VERSION = 1
-REQUIRED_FILES = ("decoder.onnx", "decoder.onnx.data", "embed.onnx", "tokenizer.json")
-DRAFTER_FILES = ("drafter.onnx", "drafter.onnx.data")
+FORMAT_VERSION = 2
+TOKENIZER = "tokenizer.json"
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
-_SCALE_BYTES = {"float16": 2, "float32": 4}
-# Scales may start at the next page (64 KiB is the largest in use), not further: a wider gap is a wrong offset.
-_MAX_GAP_BYTES = 65_536
 # Coarsest file clock in use (FAT). A younger file could change again without a new stamp, so it is not remembered.
 _SETTLED_NS = 2_000_000_000
 _OWN_DIGEST = "manifest_sha256"
@@ -76,87 +92,19 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class TableSpec:
-    """A table of rows: packed `[num_rows, row_bytes]` at offset 0, its scales `[num_rows, num_blocks]` behind.
+class Manifest:
+    """What an artifact is: model, drafter, tables, files. `sources` maps a source file's name to its SHA-256.
 
-    Tables of 16 and 32 bits have no scales: `block_size` and `scale_offset` are 0, `scale_dtype` is "".
-    A value is `quantized * scale * multiplier`.
+    `matrices` are those that a conversion to the other layout permutes; none where the artifact has but one layout.
     """
 
-    file: str
-    num_rows: int
-    width: int
-    bits: int
-    block_size: int
-    scale_offset: int
-    scale_dtype: str
-    multiplier: float
-
-    @property
-    def num_blocks(self) -> int:
-        """Scales of one row."""
-        return -(-self.width // self.block_size) if self.block_size else 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row; a quantized row is padded to whole blocks."""
-        return (self.num_blocks * self.block_size or self.width) * self.bits // 8
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of all scales."""
-        return self.num_rows * self.num_blocks * _SCALE_BYTES.get(self.scale_dtype, 0)
-
-    @classmethod
-    def from_json(cls, value: object, field: str) -> Self:
-        """The table under `field` of the manifest."""
-        entry = object_of(value, field, _names(cls))
-        for name in ("num_rows", "width", "bits"):
-            integer(entry[name], f"{field}.{name}", 1)
-        for name in ("block_size", "scale_offset"):
-            integer(entry[name], f"{field}.{name}", 0)
-        for name in ("file", "scale_dtype"):
-            string(entry[name], f"{field}.{name}")
-        if type(entry["multiplier"]) not in (int, float) or not 0 < entry["multiplier"] < math.inf:
-            raise bad_field(f"{field}.multiplier", entry["multiplier"], "a number above 0")
-        return cls(**entry)
-
-    def check(self, file_size: int) -> None:
-        """Raises ArtifactError unless the layout is one that exists and fills `file_size` bytes exactly."""
-        self._check_layout()
-        end = (self.scale_offset or self.num_rows * self.row_bytes) + self.scale_bytes
-        if file_size != end:
-            raise ArtifactError(
-                f"{self.file} is {file_size:,} bytes, expected {end:,}: {self.num_rows:,} rows of {self.row_bytes:,}"
-                f" bytes and {self.scale_bytes:,} bytes of scales at {self.scale_offset:,}; {WAY_OUT}"
-            )
-
-    def _check_layout(self) -> None:
-        if self.bits in (16, 32):
-            if (self.block_size, self.scale_offset, self.scale_dtype) != (0, 0, ""):
-                raise bad_field(f"{self.file}: block_size", self.block_size, f"no scales at {self.bits} bits")
-            return
-        if self.bits not in (4, 8):
-            raise bad_field(f"{self.file}: bits", self.bits, "4, 8, 16 or 32")
-        if self.block_size < 1 or self.block_size * self.bits % 8:
-            raise bad_field(f"{self.file}: block_size", self.block_size, "even and above 0")
-        if self.scale_dtype not in _SCALE_BYTES:
-            raise bad_field(f"{self.file}: scale_dtype", self.scale_dtype, "float16 or float32")
-        gap = self.scale_offset - self.num_rows * self.row_bytes
-        if not 0 <= gap < _MAX_GAP_BYTES or self.scale_offset % _SCALE_BYTES[self.scale_dtype]:
-            end = f"{self.num_rows * self.row_bytes:,}, where the rows end, or aligned behind it"
-            raise bad_field(f"{self.file}: scale_offset", self.scale_offset, end)
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What an artifact is: model, drafter, tables, files. `sources` maps a source file's name to its SHA-256."""
-
     format_version: int
+    layout: Layout
     model: ModelConfig
     drafter: DrafterConfig | None
     token_table: TableSpec
     ple_table: TableSpec
+    matrices: tuple[MatrixSpec, ...]
     recipe: dict[str, Any]
     sources: dict[str, str]
     generation: dict[str, Any]
@@ -173,10 +121,15 @@ class Manifest:
         sources = object_of(content["sources"], "sources")
         manifest = cls(
             format_version=FORMAT_VERSION,
+            layout=one_of(content["layout"], "layout", LAYOUTS),
             model=_config(ModelConfig, content["model"], "model"),
             drafter=None if content["drafter"] is None else _config(DrafterConfig, content["drafter"], "drafter"),
             token_table=TableSpec.from_json(content["token_table"], "token_table"),
             ple_table=TableSpec.from_json(content["ple_table"], "ple_table"),
+            matrices=tuple(
+                MatrixSpec.from_json(entry, f"matrices[{index}]")
+                for index, entry in enumerate(list_of(content["matrices"], "matrices"))
+            ),
             recipe=object_of(content["recipe"], "recipe"),
             sources={name: sha256_digest(digest, f"sources.{reprlib.repr(name)}") for name, digest in sources.items()},
             generation=object_of(content["generation"], "generation"),
@@ -197,10 +150,18 @@ class Manifest:
         return f"{lines}\n".encode("ascii")
 
     @property
+    def is_convertible(self) -> bool:
+        """Whether the artifact holds the graphs of both layouts."""
+        return bool(self.matrices)
+
+    @property
     def required_files(self) -> tuple[str, ...]:
-        """Files that the runtime opens."""
-        drafter = DRAFTER_FILES if self.drafter else ()
-        return (*REQUIRED_FILES, self.token_table.file, self.ple_table.file, *drafter)
+        """Files that the runtime opens in this layout or after a conversion."""
+        graphs = (DECODER, DRAFTER) if self.drafter else (DECODER,)
+        data = (DECODER_DATA, DRAFTER_DATA) if self.drafter else (DECODER_DATA,)
+        twins = [graph_file(graph, other_layout(self.layout), self.layout) for graph in graphs if self.is_convertible]
+        embed = graph_file(EMBED, "portable", self.layout)
+        return (*graphs, *twins, embed, *data, self.token_table.file, self.ple_table.file, TOKENIZER)
 
     def check(self) -> None:
         """Raises ArtifactError where a file that the runtime opens is not listed or a table does not fit the model."""
@@ -214,9 +175,22 @@ class Manifest:
                 expected = f"[{self.model.vocab_size:,}, {width:,}]"
                 raise ArtifactError(f"{MANIFEST}: {table.file} is {shape}, the model needs {expected}; {WAY_OUT}")
             table.check(self.files[table.file].size_bytes)
+        self._check_layout()
         if self.drafter is not None:
             self.drafter.check_pairing(self.model)
         _check_generation(self.generation, self.model.vocab_size)
+
+    def _check_layout(self) -> None:
+        if self.token_table.layout != self.layout:
+            raise bad_field("token_table.layout", self.token_table.layout, f"{self.layout}, the artifact's")
+        if self.ple_table.layout != "portable":
+            raise bad_field("ple_table.layout", self.ple_table.layout, "portable: its rows are never multiplied")
+        if self.layout == "native" and not self.is_convertible:
+            raise bad_field("matrices", [], "those that the native layout holds as panels")
+        if self.is_convertible and (not self.token_table.is_quantized or self.token_table.matrix not in self.matrices):
+            raise bad_field("matrices", len(self.matrices), f"{self.token_table.file} among them", " entries")
+        data = (DECODER_DATA, DRAFTER_DATA, self.token_table.file)
+        check_matrices(self.matrices, {name: self.files[name].size_bytes for name in data if name in self.files})
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -250,6 +224,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{name} is {size:,} bytes, expected {entry.size_bytes:,}: {fault}; copy or export it again"
             )
+
+
+def damaged(name: str, found: str, expected: str) -> ArtifactError:
+    """The error of a file that has not the SHA-256 it should have."""
+    return ArtifactError(
+        f"{name} has SHA-256 {found[:8]}..., expected {expected[:8]}...: damaged or exchanged; {WAY_OUT}"
+    )
 
 
 def verify_digests(folder: Path, manifest: Manifest, *, cache: Path | None) -> None:
@@ -375,6 +356,4 @@ def _verify(path: Path, entry: FileEntry) -> None:
     except OSError as error:
         raise ArtifactError(f"{path.name} cannot be read: {_reason(error)}; {WAY_OUT}") from error
     if found != entry.sha256:
-        raise ArtifactError(
-            f"{path.name} has SHA-256 {found[:8]}..., expected {entry.sha256[:8]}...: damaged or exchanged; {WAY_OUT}"
-        )
+        raise damaged(path.name, found, entry.sha256)

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from profiles import DeviceProfile
+from runtime import native
 from runtime.errors import ArtifactError, InferenceError, RequestError
+from runtime.layout import Layout
 from runtime.signature import Signature
 
 # the KV cache is written through one view and read through another in the same run: another device would copy both
@@ -18,8 +20,10 @@ CPU = "CPUExecutionProvider"
 Array = npt.NDArray[Any]
 
 
-def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
+def open_session(path: Path, profile: DeviceProfile, layout: Layout = "portable") -> ort.InferenceSession:
     """A session with the profile's threads on the CPU, the only provider that the KV cache works on so far.
+
+    A native graph needs the native ops, which must be usable (`runtime.native`).
 
     Raises:
         ArtifactError: ONNX Runtime refuses the graph.
@@ -39,6 +43,8 @@ def open_session(path: Path, profile: DeviceProfile) -> ort.InferenceSession:
             "add it to the profile's providers or choose another profile"
         )
     try:
+        if layout == "native":
+            options.register_custom_ops_library(str(native.library_path()))
         return ort.InferenceSession(path, options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise ArtifactError(f"{path}: onnxruntime refuses the graph: {_first_line(error)}") from error

@@ -38,11 +38,11 @@ embed.onnx
 """
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from runtime.layout import Layout
 from runtime.model_config import AttentionKind, DrafterConfig, LayerConfig, ModelConfig
 
-Layout = Literal["portable", "native"]
 MAX_TOP_LOGITS = 128
 
 

@@ -9,12 +9,14 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 WAY_OUT = "copy the artifact again or re-export it with edge-export"
+
+Choice = TypeVar("Choice", bound=str)
 
 _MAX_INTEGER = 2**63 - 1
 
@@ -61,6 +63,21 @@ def string(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise bad_field(field, value, "a string")
     return value
+
+
+def list_of(value: object, field: str) -> list[Any]:
+    """`value` if it is a list."""
+    if not isinstance(value, list):
+        raise bad_field(field, value, "a list")
+    return value
+
+
+def one_of(value: object, field: str, choices: Sequence[Choice]) -> Choice:
+    """`value` if it is one of the choices."""
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise bad_field(field, value, " or ".join(choices))
 
 
 def sha256_digest(value: object, field: str) -> str:

@@ -1,97 +1,100 @@
-"""Rows of the token and PLE tables, read from mapped files.
+"""Rows of the token and PLE tables, read from their files one by one.
 
-The files are mapped with random access advised, so that the kernel reads no neighbours ahead, and the mapping is
-dropped from this process before more than `RESIDENT_BYTES` of it may be resident. The pages stay in the kernel's cache.
+Reads, not a mapping: the rows of a text lie far apart, and what a mapping makes resident around each of them (a whole
+large folio of the kernel's cache, up to 2 MiB) takes longer to map and to drop again than a row takes to copy.
+So a table keeps nothing resident in this process, and a file that was cut short is an error instead of a bus error.
 """
 
-import mmap
+import os
+import weakref
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.manifest import TableSpec
-
-RESIDENT_BYTES = 64 << 20
-FAULT_BYTES = 2 << 20  # what Linux maps around one touched page: a whole large folio of its cache, since 6.18
+from runtime.errors import ArtifactError
+from runtime.matrix_spec import TableSpec
+from runtime.panels import PANEL_ROWS, SCALE_BYTES, Bytes, Scales, code_words, panel_scales
 
 Float32 = npt.NDArray[np.float32]
 
+# the two weights of a byte of 4-bit codes, as one element
+_PAIRS = np.stack([np.arange(256) % 16 - 8, np.arange(256) // 16 - 8], axis=-1).astype(np.float32).view(np.uint64)[:, 0]
+
 
 class RowTable:
-    """A table [num_rows, width] in a mapped file; `rows` looks up and multiplies."""
+    """A table [num_rows, width] in a file; `rows` looks up and multiplies."""
 
     def __init__(self, folder: Path, spec: TableSpec) -> None:
         self.spec = spec
-        with (folder / spec.file).open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._map.madvise(mmap.MADV_RANDOM)
-        self._rows, self._scales = _map_arrays(self._map, spec)
-        # one touch for the row, one for its scales
-        self._touched_by_a_row = 2 * FAULT_BYTES + self._rows.strides[0]
-        self._touched_bytes = 0
+        descriptor = os.open(folder / spec.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._release = weakref.finalize(self, os.close, descriptor)  # also where nobody calls `close`
+        self._file = FileIO(descriptor, closefd=False)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # neighbours are not read ahead
+        if spec.layout == "native":
+            self._panel = np.empty(spec.matrix.panel_bytes // 4, np.uint32).reshape(1, spec.num_blocks, -1)
 
     def rows(self, token_ids: Sequence[int]) -> Float32:
-        """Rows [num_tokens, width] of the given tokens, dequantized and multiplied."""
-        index = np.asarray(token_ids, np.int64)
-        values = np.empty((len(index), self.spec.width), np.float32)
-        step = max(1, RESIDENT_BYTES // self._touched_by_a_row)
-        for start in range(0, len(index), step):
-            self._make_room(len(index[start : start + step]))
-            values[start : start + step] = self._dequantized(index[start : start + step])
+        """Rows [num_tokens, width] of the given tokens, dequantized and multiplied.
+
+        Raises:
+            ArtifactError: the file is shorter than it was when it was opened.
+        """
+        values = self._dequantized(token_ids) if self.spec.is_quantized else self._floats(token_ids)
         values *= np.float32(self.spec.multiplier)
         return values
 
     def close(self) -> None:
-        """Unmaps the file."""
-        del self._rows, self._scales
-        self._map.close()
+        """Closes the file."""
+        self._file.close()
+        self._release()
 
-    def _dequantized(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        rows = self._rows[index]
-        if self._scales is None:
-            return rows.astype(np.float32)
-        return dequantize_rows(rows, self._scales[index], self.spec.width, self.spec.bits)
+    def _floats(self, token_ids: Sequence[int]) -> Float32:
+        rows = np.empty((len(token_ids), self.spec.width), np.float16 if self.spec.bits == 16 else np.float32)
+        for row, token_id in zip(rows, token_ids, strict=True):
+            self._read(token_id * self.spec.row_bytes, row)
+        return rows.astype(np.float32, copy=False)
 
-    def _make_room(self, num_rows: int) -> None:
-        """Drops the mapping's pages where these rows could exceed the bound."""
-        needed = num_rows * self._touched_by_a_row
-        if self._touched_bytes + needed > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched_bytes = 0
-        self._touched_bytes += needed
+    def _dequantized(self, token_ids: Sequence[int]) -> Float32:
+        codes = np.empty((len(token_ids), self.spec.row_bytes), np.uint8)
+        scales = np.empty((len(token_ids), self.spec.num_blocks), np.float16)
+        read_row = self._read_from_panel if self.spec.layout == "native" else self._read_row
+        for index, token_id in enumerate(token_ids):
+            read_row(int(token_id), codes[index], scales[index])
+        return dequantize_rows(codes, scales, self.spec.width, self.spec.bits)
+
+    def _read_row(self, token_id: int, codes: Bytes, scales: Scales) -> None:
+        self._read(token_id * len(codes), codes)
+        self._read(self.spec.matrix.scale_offset + token_id * SCALE_BYTES * len(scales), scales)
+
+    def _read_from_panel(self, token_id: int, codes: Bytes, scales: Scales) -> None:
+        panel, row = divmod(token_id, PANEL_ROWS)
+        self._read(panel * self._panel.nbytes, self._panel)
+        codes.view(np.uint32).reshape(len(scales), -1)[...] = code_words(self._panel)[0, :, :, row]
+        scales[...] = panel_scales(self._panel)[0, :, row]
+
+    def _read(self, offset: int, array: npt.NDArray[np.generic]) -> None:
+        self._file.seek(offset)
+        if self._file.readinto(array.data) != array.nbytes:
+            end = offset + array.nbytes
+            raise ArtifactError(f"{self.spec.file} ends before byte {end:,}: it was cut while in use; load it again")
 
 
-def _map_arrays(mapped: mmap.mmap, spec: TableSpec) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.floating] | None]:
-    if spec.bits >= 16:
-        dtype = np.float16 if spec.bits == 16 else np.float32
-        count = spec.num_rows * spec.width
-        return np.frombuffer(mapped, dtype, count).reshape(spec.num_rows, spec.width), None
-    codes = np.frombuffer(mapped, np.uint8, spec.num_rows * spec.row_bytes).reshape(spec.num_rows, spec.row_bytes)
-    count = spec.num_rows * spec.num_blocks
-    scales = np.frombuffer(mapped, np.dtype(spec.scale_dtype), count, spec.scale_offset)
-    return codes, scales.reshape(spec.num_rows, spec.num_blocks)
-
-
-def dequantize_rows(codes: npt.NDArray[np.generic], scales: npt.NDArray[np.floating], width: int, bits: int) -> Float32:
+def dequantize_rows(codes: Bytes, scales: Scales, width: int, bits: int) -> Float32:
     """Weights [num_rows, width] from codes [num_rows, row_bytes] and scales [num_rows, num_blocks].
 
     Codes are unsigned around 2^(bits-1); of two 4-bit codes in a byte the low nibble comes first.
     """
     num_rows, num_blocks = scales.shape
-    values = _unpack(codes, bits).astype(np.float32)
-    values -= 1 << (bits - 1)
+    values: Float32
+    if bits == 4:
+        values = np.take(_PAIRS, codes, mode="clip").view(np.float32)  # no index is out of range
+    else:
+        values = codes.astype(np.float32)
+        values -= 128
     blocks = values.reshape(num_rows, num_blocks, -1)
     blocks *= scales.astype(np.float32)[..., None]
-    return values[:, :width] if values.shape[1] == width else np.ascontiguousarray(values[:, :width])
-
-
-def _unpack(codes: npt.NDArray[np.generic], bits: int) -> npt.NDArray[np.generic]:
-    if bits == 8:
-        return codes
-    nibbles = np.empty((*codes.shape, 2), np.uint8)
-    np.bitwise_and(codes, 15, out=nibbles[..., 0])
-    np.right_shift(codes, 4, out=nibbles[..., 1])
-    return nibbles.reshape(codes.shape[0], -1)
+    return values if values.shape[1] == width else np.ascontiguousarray(values[:, :width])

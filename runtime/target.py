@@ -7,8 +7,8 @@ import onnxruntime as ort
 from runtime.decoder import Forward as Forward
 from runtime.decoder import make_decoder
 from runtime.kv_cache import KVCache
+from runtime.layout import Layout
 from runtime.model_config import ModelConfig
-from runtime.signature import Layout
 from runtime.tables import RowTable
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.checkpoints import TinyCheckpoint
     from tests.faulty import Pair
     from tests.lasting import Load
+    from tests.layouts import ExportBoth, Exported
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,6 +65,21 @@ def tiny_artifact(
         recipe = make_recipe(bits, activations=activations)  # type: ignore[arg-type]
         export_artifact(open_source(pair.target, pair.assistant), folder, recipe, show_progress=False)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def both_layouts(
+    tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path_factory: pytest.TempPathFactory
+) -> ExportBoth:
+    """both_layouts(shape, bits=4, block_size=32): folders of an artifact with drafter by layout, for reading only."""
+    from tests.layouts import export_both
+
+    @cache
+    def make(shape: str, bits: int = 4, block_size: int = 32) -> Exported:
+        folder = tmp_path_factory.mktemp(f"{shape}-{bits}-layouts")
+        return export_both(tiny_checkpoint(shape), folder, bits=bits, block_size=block_size)
 
     return make
 

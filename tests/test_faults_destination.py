@@ -78,7 +78,7 @@ WRITERS = (
     "pathlib:Path.write_text",
     "pathlib:Path.write_bytes",
     "os:fsync",
-    "export.staging:_publish",
+    "runtime.staging:_publish",
 )
 
 

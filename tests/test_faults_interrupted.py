@@ -132,15 +132,15 @@ def whole(tiny_artifact: Callable[..., Path]) -> dict[str, str]:
 
 
 MOMENTS = [
-    ("export.staging:_check_vacant", 1),  # the marker is there, the folder not yet
+    ("runtime.staging:_check_vacant", 1),  # the marker is there, the folder not yet
     ("export.graph:DataFile.write", 0),
     ("export.graph:DataFile.write", 30),
     ("export.graph:Graph.save", 1),
     ("export.graph:Graph.save", 2),
     ("export.text_files:shutil.copyfile", 1),
     ("runtime.manifest:Manifest.to_bytes", 0),
-    ("export.staging:_publish", 0),
-    ("export.staging:_sync", 4),
+    ("runtime.staging:_publish", 0),
+    ("runtime.staging:_sync", 4),
     ("pathlib:Path.replace", 0),
 ]
 
@@ -160,7 +160,7 @@ def test_killed_then_exported_again(  # 32, 43
 def test_killed_after_it_was_published(  # 32
     exporters: Exporters, exporting: list[object], out: Path, whole: dict[str, str], capfd: Capture
 ) -> None:
-    os.kill(exporters.start(exporting, "export.staging:_drop"), signal.SIGKILL)
+    os.kill(exporters.start(exporting, "runtime.staging:_drop"), signal.SIGKILL)
     assert exporters.finish()[0] == -signal.SIGKILL
     assert contents(out) == whole
     assert_fails(main, exporting, "out is not empty; remove it or choose another", capfd)

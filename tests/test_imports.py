@@ -42,7 +42,7 @@ EXTRA = sorted(
     re.split(r"[^\w-]", requirement)[0].replace("-", "_")
     for requirement in PYPROJECT["project"]["optional-dependencies"]["export"]
 )
-PROMPT = ("--prompt-ids", "2,5,7", "--max-tokens", "6", "--temperature", "0", "--num-draft-tokens", "3", "--json")
+PROMPT = ("--prompt-ids", "2,5,9", "--max-tokens", "6", "--temperature", "0", "--num-draft-tokens", "3", "--json")
 
 
 def imported(file: Path) -> set[str]:

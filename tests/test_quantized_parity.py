@@ -20,8 +20,7 @@ def round_weights(model: torch.nn.Module, bits: int, block_size: int = 32) -> No
         if weight.ndim != 2:
             continue
         used = 8 if any(part in name for part in PLE_PROJECTIONS) else bits
-        scale_type = np.float16 if "embed_tokens_per_layer" in name else np.float32
-        codes, scales = quantize_rows(weight.numpy(), BlockFormat(weight.shape[1], used, block_size), scale_type)
+        codes, scales = quantize_rows(weight.numpy(), BlockFormat(weight.shape[1], used, block_size))
         weight.copy_(torch.from_numpy(dequantize_rows(codes, scales, weight.shape[1], used)))
 
 

@@ -15,29 +15,34 @@ from runtime.manifest import (
     MANIFEST,
     FileEntry,
     Manifest,
-    TableSpec,
     check_files,
     file_entry,
     read_manifest,
     verify_digests,
 )
+from runtime.matrix_spec import MatrixSpec, TableSpec
 from runtime.model_config import DrafterConfig, LayerConfig, ModelConfig, RopeConfig
 
 ROPE = {"sliding": RopeConfig(1e4, 1.0), "full": RopeConfig(1e6, 0.25)}
 LAYERS = (LayerConfig("sliding", 16, 1, 64, 0), LayerConfig("full", 32, 1, 64, 1))
 MODEL = ModelConfig(8, 32, 2, 16, 1e-6, ROPE, LAYERS, 16, 64, 30.0, 2, (1, 3))
 DRAFTER = DrafterConfig(8, 16, 2, 16, 1e-6, ROPE, LAYERS, 32, 0, 0)
-# 8 rows of 32 bytes and 8 x 1 scales of 2 bytes; 8 rows of 16 bytes, 8 x 2 scales of 4 bytes
-TOKEN_TABLE = TableSpec("token_table.bin", 8, 32, 8, 32, 256, "float16", 5.5)
-PLE_TABLE = TableSpec("ple_table.bin", 8, 32, 4, 16, 128, "float32", 16.0)
+# padded to 32 rows: of 32 bytes and a scale of 2 bytes; of 16 bytes and 2 scales
+TOKEN_TABLE = TableSpec("token_table.bin", 8, 32, 8, 32, "portable", 5.5)
+PLE_TABLE = TableSpec("ple_table.bin", 8, 32, 4, 16, "portable", 16.0)
+# 40 rows are two panels of 32 x (2 * 18) bytes
+MATRIX = MatrixSpec("decoder.onnx.data", 4096, 40, 2, 16)
+MATRICES = (TOKEN_TABLE.matrix, replace(MATRIX, offset=0), MATRIX, MatrixSpec("drafter.onnx.data", 0, 1, 1, 32))
 SIZES = {
     "decoder.onnx": 100,
-    "decoder.onnx.data": 4096,
+    "decoder.onnx.data": 4096 + 2304,
+    "decoder.onnx.native": 80,
     "drafter.onnx": 50,
-    "drafter.onnx.data": 60,
+    "drafter.onnx.data": 1088,
+    "drafter.onnx.native": 40,
     "embed.onnx": 70,
-    "token_table.bin": 272,
-    "ple_table.bin": 192,
+    "token_table.bin": 1088,
+    "ple_table.bin": 640,
     "tokenizer.json": 20,
     "chat_template.jinja": 10,
 }
@@ -49,10 +54,12 @@ def make_artifact(folder: Path) -> Manifest:
         (folder / name).write_bytes(bytes([index]) * size)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
+        layout="portable",
         model=MODEL,
         drafter=DRAFTER,
         token_table=TOKEN_TABLE,
         ple_table=PLE_TABLE,
+        matrices=MATRICES,
         recipe={"matrices": {"bits": 4, "block_size": 32}, "activations": "int8"},
         sources={"target/model.safetensors": "ab" * 32},
         generation={"temperature": 1.0, "top_k": 64, "top_p": 0.95, "eos_token_ids": [1, 3]},
@@ -189,8 +196,9 @@ def test_a_cut_manifest(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "match"),
     [
-        (2, "format version 2 is newer than 1, which this program reads; update gemma-edge or re-export"),
-        (0, "format version 0 is older than 1, which this program reads; re-export"),
+        (3, "format version 3 is newer than 2, which this program reads; update gemma-edge or re-export"),
+        (1, "format version 1 is older than 2, which this program reads; re-export"),
+        (0, "format version 0 is older than 2, which this program reads; re-export"),
         ("1", "format_version is '1', expected an integer"),
         (True, "format_version is True, expected an integer"),
         (None, "format_version is None, expected an integer"),
@@ -291,7 +299,13 @@ def test_names_that_only_look_reserved(artifact: Path) -> None:
     assert read_manifest(artifact) == kept
 
 
-@pytest.mark.parametrize("name", ["decoder.onnx", "tokenizer.json", "drafter.onnx.data", "ple_table.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("decoder.onnx", "decoder.onnx.native", "drafter.onnx.native", "drafter.onnx.data", "embed.onnx"),
+        *("ple_table.bin", "tokenizer.json"),
+    ],
+)
 def test_a_file_that_the_runtime_needs_is_not_listed(artifact: Path, name: str) -> None:
     edit(artifact, lambda content: content["files"].pop(name))
     refuses(artifact, f"files lacks '{name}', which the runtime opens")
@@ -300,7 +314,8 @@ def test_a_file_that_the_runtime_needs_is_not_listed(artifact: Path, name: str) 
 def test_a_drafter_is_optional(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith("drafter")}
-    plain = replace(manifest, drafter=None, files=files)
+    matrices = tuple(matrix for matrix in MATRICES if not matrix.file.startswith("drafter"))
+    plain = replace(manifest, drafter=None, files=files, matrices=matrices)
     (artifact / MANIFEST).write_bytes(plain.to_bytes())
     assert read_manifest(artifact) == plain
 
@@ -309,21 +324,24 @@ def test_a_drafter_is_optional(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "row_bytes", "size"),
+    ("spec", "num_rows", "row_bytes", "size"),
     [
-        (TOKEN_TABLE, 32, 272),
-        (PLE_TABLE, 16, 192),
-        (replace(PLE_TABLE, width=33, scale_offset=192), 24, 192 + 8 * 3 * 4),  # padded to 3 blocks
-        (replace(PLE_TABLE, scale_offset=4096), 16, 4096 + 64),  # scales on the next page
-        (TableSpec("t", 8, 32, 16, 0, 0, "", 1.0), 64, 512),
-        (TableSpec("t", 8, 33, 32, 0, 0, "", 1.0), 132, 1056),
+        (TOKEN_TABLE, 32, 32, 32 * 34),
+        (replace(TOKEN_TABLE, layout="native"), 32, 32, 32 * 34),
+        (replace(TOKEN_TABLE, num_rows=33), 64, 32, 64 * 34),  # padded to 2 panels
+        (PLE_TABLE, 32, 16, 32 * 20),
+        (replace(PLE_TABLE, width=33), 32, 24, 32 * 30),  # padded to 3 blocks
+        (TableSpec("t", 8, 32, 16, 0, "portable", 1.0), 8, 64, 512),
+        (TableSpec("t", 8, 33, 32, 0, "portable", 1.0), 8, 132, 1056),
     ],
 )
-def test_a_table_fills_its_file(spec: TableSpec, row_bytes: int, size: int) -> None:
+def test_a_table_fills_its_file(spec: TableSpec, num_rows: int, row_bytes: int, size: int) -> None:
     assert spec.row_bytes == row_bytes
     spec.check(size)
     for wrong in (0, size - 1, size + 1):
-        with pytest.raises(ArtifactError, match=f"is {wrong:,} bytes, expected {size:,}: 8 rows of {row_bytes} bytes"):
+        with pytest.raises(
+            ArtifactError, match=f"is {wrong:,} bytes, expected {size:,}: {num_rows} rows of {row_bytes} bytes"
+        ):
             spec.check(wrong)
 
 
@@ -331,14 +349,14 @@ def test_a_table_fills_its_file(spec: TableSpec, row_bytes: int, size: int) -> N
     ("change", "match"),
     [
         ({"bits": 5}, "bits is 5, expected 4, 8, 16 or 32"),
-        ({"bits": 16}, "block_size is 16, expected no scales at 16 bits"),
-        ({"block_size": 0}, "block_size is 0, expected even and above 0"),
-        ({"block_size": 15}, "block_size is 15, expected even and above 0"),
-        ({"scale_dtype": "float64"}, "scale_dtype is 'float64', expected float16 or float32"),
-        ({"scale_offset": 124}, "scale_offset is 124, expected 128, where the rows end"),
-        ({"scale_offset": 130}, "scale_offset is 130"),
-        ({"scale_offset": 65_664}, "scale_offset is 65664"),
-        ({"scale_offset": 1.0}, "scale_offset is 1.0, expected an integer"),
+        ({"bits": 16}, "block_size is 16, expected 0 at 16 bits"),
+        ({"bits": 16, "block_size": 0, "layout": "native"}, "layout is 'native', expected portable at 16 bits"),
+        ({"block_size": 0}, "block_size is 0, expected 4 bytes of codes or multiples"),
+        ({"block_size": 15}, "block_size is 15, expected 4 bytes of codes or multiples"),
+        ({"block_size": 1.0}, "block_size is 1.0, expected an integer"),
+        ({"layout": "panels"}, "ple_table.layout is 'panels', expected portable or native"),
+        ({"layout": ["native"]}, r"ple_table.layout is \['native'\], expected portable or native"),
+        ({"layout": "native"}, "ple_table.layout is 'native', expected portable"),
         ({"num_rows": 0}, "num_rows is 0, expected an integer of 1"),
         ({"num_rows": 9}, r"ple_table.bin is \[9, 32\], the model needs \[8, 32\]"),
         ({"width": 2**62}, r"ple_table.bin is \[8, 4,611,686,018,427,387,904\], the model needs \[8, 32\]"),
@@ -346,13 +364,88 @@ def test_a_table_fills_its_file(spec: TableSpec, row_bytes: int, size: int) -> N
         ({"multiplier": True}, "multiplier is True, expected a number above 0"),
         ({"file": 5}, "ple_table.file is 5, expected a string"),
         ({"file": "../" * 1000}, r"files lacks '\.\./"),
-        ({"file": "tokenizer.json"}, "tokenizer.json is 20 bytes, expected 192"),
+        ({"file": "tokenizer.json"}, "tokenizer.json is 20 bytes, expected 640"),
         ({"rows": 5}, "ple_table has the unknown key 'rows'"),
     ],
 )
 def test_a_table_that_is_none(artifact: Path, change: dict[str, object], match: str) -> None:
     edit(artifact, lambda content: content["ple_table"].update(change))
     refuses(artifact, match)
+
+
+# Layouts
+
+
+def test_a_native_artifact(artifact: Path) -> None:
+    manifest = as_native(artifact)
+    (artifact / MANIFEST).write_bytes(manifest.to_bytes())
+    assert read_manifest(artifact) == manifest
+    edit(artifact, lambda content: content["files"].pop("embed.onnx.portable"))
+    refuses(artifact, "files lacks 'embed.onnx.portable'")
+
+
+def as_native(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    names = {"embed.onnx": "embed.onnx.portable"} | {
+        f"{graph}.onnx.native": f"{graph}.onnx.portable" for graph in ("decoder", "drafter")
+    }
+    files = {names.get(name, name): entry for name, entry in manifest.files.items()}
+    return replace(manifest, layout="native", token_table=replace(TOKEN_TABLE, layout="native"), files=files)
+
+
+def test_an_artifact_of_one_layout_has_no_twins(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    files = {name: entry for name, entry in manifest.files.items() if not name.endswith(".native")}
+    alone = replace(manifest, matrices=(), files=files)
+    (artifact / MANIFEST).write_bytes(alone.to_bytes())
+    assert read_manifest(artifact) == alone
+    native = replace(as_native(artifact), matrices=())
+    (artifact / MANIFEST).write_bytes(native.to_bytes())
+    refuses(artifact, r"matrices is \[\], expected those that the native layout holds as panels")
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "match"),
+    [
+        (2, {"offset": 4095}, r"matrices\[2\].offset is 4095, expected a multiple of 4,096"),
+        (2, {"offset": -4096}, r"matrices\[2\].offset is -4096, expected an integer of 0"),
+        (2, {"offset": 8192}, "decoder.onnx.data at 8,192: ends at 10,496, the file at 6,400"),
+        (2, {"offset": 0}, "decoder.onnx.data at 0 is 0, expected at least 2,304, where the matrix before it ends"),
+        (2, {"num_rows": 65}, "decoder.onnx.data at 4,096: ends at 7,552, the file at 6,400"),
+        (2, {"num_rows": 0}, r"matrices\[2\].num_rows is 0, expected an integer of 1"),
+        (2, {"num_blocks": 2**62}, "ends at [0-9,]+, the file at 6,400"),
+        (2, {"block_bytes": 18}, r"matrices\[2\].block_bytes is 18, expected a multiple of 4"),
+        (2, {"block_bytes": 1.5}, r"matrices\[2\].block_bytes is 1.5, expected an integer"),
+        (2, {"file": "ple_table.bin"}, "a matrix's file is 'ple_table.bin', expected a file of weights"),
+        (2, {"file": "../x"}, r"a matrix's file is '\.\./x', expected a file of weights"),
+        (2, {"file": 5}, r"matrices\[2\].file is 5, expected a string"),
+        (2, {"panels": 5}, r"matrices\[2\] has the unknown key 'panels'"),
+        (0, {"num_rows": 9}, "matrices is 4 entries, expected token_table.bin among them"),
+    ],
+)
+def test_a_matrix_that_is_none(artifact: Path, index: int, change: dict[str, object], match: str) -> None:
+    edit(artifact, lambda content: content["matrices"][index].update(change))
+    refuses(artifact, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"layout": "panels"}, "layout is 'panels', expected portable or native"),
+        ({"layout": None}, "layout is None, expected portable or native"),
+        ({"layout": "native"}, "files lacks 'decoder.onnx.portable', which the runtime opens"),
+        ({"matrices": [5]}, r"matrices\[0\] is 5, expected an object"),
+        ({"matrices": {}}, "matrices is {}, expected a list"),
+    ],
+)
+def test_a_layout_that_is_none(artifact: Path, change: dict[str, object], match: str) -> None:
+    edit(artifact, lambda content: content.update(change))
+    refuses(artifact, match)
+
+
+def test_a_token_table_of_the_other_layout(artifact: Path) -> None:
+    edit(artifact, lambda content: content["token_table"].update(layout="native"))
+    refuses(artifact, "token_table.layout is 'native', expected portable, the artifact's")
 
 
 # Files
@@ -374,12 +467,12 @@ def replace_file(folder: Path, name: str, kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("size", "fault"), [(0, "truncated"), (1024, "truncated"), (4095, "truncated"), (4097, "has trailing bytes")]
+    ("size", "fault"), [(0, "truncated"), (1024, "truncated"), (6399, "truncated"), (6401, "has trailing bytes")]
 )
 def test_a_file_of_another_size(artifact: Path, size: int, fault: str) -> None:
     manifest = read_manifest(artifact)
     os.truncate(artifact / "decoder.onnx.data", size)
-    expected = f"decoder.onnx.data is {size:,} bytes, expected 4,096: {fault}; copy or export it again"
+    expected = f"decoder.onnx.data is {size:,} bytes, expected 6,400: {fault}; copy or export it again"
     with pytest.raises(ArtifactError, match=expected):
         check_files(artifact, manifest)
 

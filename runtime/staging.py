@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from export.errors import ExportError
+from runtime.errors import BusyDestinationError, DestinationError
 
 if sys.platform == "win32":
     import msvcrt
@@ -33,7 +33,7 @@ def staged_folder(destination: Path, *, sources: Sequence[Path]) -> Iterator[Pat
     An existing empty folder is replaced. OSErrors of the body and of the disk (no space) pass as they are.
 
     Raises:
-        ExportError: `destination` is in use, holds something, cannot be written, or overlaps one of `sources`.
+        DestinationError: `destination` is in use, holds something, cannot be written, or overlaps one of `sources`.
     """
     destination = destination.resolve()
     _check_overlap(destination, sources)
@@ -80,7 +80,9 @@ def _check_overlap(destination: Path, sources: Sequence[Path]) -> None:
             relation = "lies inside" if inside else "contains"
         else:
             continue
-        raise ExportError(f"destination {destination} {relation} the source {source}; choose a folder apart from it")
+        raise DestinationError(
+            f"destination {destination} {relation} the source {source}; choose a folder apart from it"
+        )
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -90,15 +92,15 @@ def _within(path: Path, folder: Path) -> bool:
 
 def _check_vacant(destination: Path) -> None:
     if not destination.parent.is_dir():
-        raise ExportError(f"{destination.parent} is not a folder; create it or choose another destination")
+        raise DestinationError(f"{destination.parent} is not a folder; create it or choose another destination")
     if not destination.exists():
         return
     if not destination.is_dir():
-        raise ExportError(f"destination {destination} is a file; choose a folder")
+        raise DestinationError(f"destination {destination} is a file; choose a folder")
     if any(destination.iterdir()):
-        raise ExportError(f"destination {destination} is not empty; remove it or choose another")
+        raise DestinationError(f"destination {destination} is not empty; remove it or choose another")
     if os.path.ismount(destination):
-        raise ExportError(f"destination {destination} is a mount point; choose a folder inside it")
+        raise DestinationError(f"destination {destination} is a mount point; choose a folder inside it")
 
 
 @contextmanager
@@ -124,17 +126,19 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _open_marker(partial: Path) -> int:
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise ExportError(f"{partial} exists and is not an export's; move it away")
+        raise DestinationError(f"{partial} exists and is not an export's; move it away")
     try:
         partial.mkdir(exist_ok=True)
         names = {path.name for path in partial.iterdir()}
         if names and MARKER not in names:
-            raise ExportError(f"{partial} exists and is not an export's; move it away")
+            raise DestinationError(f"{partial} exists and is not an export's; move it away")
         return os.open(partial / MARKER, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.rmdir()
-        raise ExportError(f"cannot create {partial}: {error.strerror}; choose a destination you can write") from error
+        raise DestinationError(
+            f"cannot create {partial}: {error.strerror}; choose a destination you can write"
+        ) from error
 
 
 def _lock(descriptor: int, partial: Path) -> None:
@@ -148,7 +152,7 @@ def _lock(descriptor: int, partial: Path) -> None:
     except (BlockingIOError, PermissionError, FileNotFoundError):
         held = False
     if not held:
-        raise ExportError(f"another export holds {partial}; wait until it ends or choose another destination")
+        raise BusyDestinationError(f"another export holds {partial}; wait until it ends or choose another destination")
 
 
 def _drop(partial: Path) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from export.errors import ExportError
-from export.staging import MARKER, staged_folder, terminate_as_interrupt
+from runtime.errors import DestinationError
+from runtime.staging import MARKER, staged_folder, terminate_as_interrupt
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys, time
 from pathlib import Path
-from export.staging import staged_folder, terminate_as_interrupt
+from runtime.staging import staged_folder, terminate_as_interrupt
 with terminate_as_interrupt(), staged_folder(Path(sys.argv[1]), sources=[]) as folder:
     (folder / "manifest.json").write_text("half")
     print("ready", flush=True)
@@ -163,7 +163,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: i
 def test_two_exporters(tmp_path: Path) -> None:
     with child_export(tmp_path / "out") as process:
         before = tree(tmp_path)
-        with pytest.raises(ExportError, match=r"another export holds .*\.out\.partial; wait until it ends"):
+        with pytest.raises(DestinationError, match=r"another export holds .*\.out\.partial; wait until it ends"):
             export(tmp_path / "out")
         assert tree(tmp_path) == before
         export(tmp_path / "other")
@@ -174,7 +174,7 @@ def test_two_exporters(tmp_path: Path) -> None:
 
 def test_two_exports_of_one_process(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "out", sources=[]) as folder:
-        with pytest.raises(ExportError, match="another export holds"):
+        with pytest.raises(DestinationError, match="another export holds"):
             export(tmp_path / "out")
         (folder / "manifest.json").touch()
         (folder / "decoder.onnx").touch()
@@ -188,7 +188,7 @@ def test_of_many_exporters_one_wins(tmp_path: Path) -> None:
         try:
             export(tmp_path / "out", content=str(number))
             outcomes.append(str(number))
-        except ExportError:
+        except DestinationError:
             pass
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
@@ -202,7 +202,7 @@ def test_of_many_exporters_one_wins(tmp_path: Path) -> None:
 
 def test_a_destination_filled_meanwhile_is_kept(tmp_path: Path) -> None:
     with (
-        pytest.raises(ExportError, match="out is not empty"),
+        pytest.raises(DestinationError, match="out is not empty"),
         staged_folder(tmp_path / "out", sources=[]),
     ):
         (tmp_path / "out").mkdir()
@@ -215,13 +215,13 @@ def test_a_destination_filled_meanwhile_is_kept(tmp_path: Path) -> None:
 
 def test_a_destination_in_use(tmp_path: Path) -> None:
     export(tmp_path / "out")
-    with pytest.raises(ExportError, match="out is not empty; remove it or choose another"):
+    with pytest.raises(DestinationError, match="out is not empty; remove it or choose another"):
         export(tmp_path / "out", content="second")
-    with pytest.raises(ExportError, match=r"manifest\.json is a file; choose a folder"):
+    with pytest.raises(DestinationError, match=r"manifest\.json is a file; choose a folder"):
         export(tmp_path / "out/manifest.json")
-    with pytest.raises(ExportError, match=r"manifest\.json is not a folder; create it or choose another"):
+    with pytest.raises(DestinationError, match=r"manifest\.json is not a folder; create it or choose another"):
         export(tmp_path / "out/manifest.json/out")
-    with pytest.raises(ExportError, match="absent is not a folder; create it"):
+    with pytest.raises(DestinationError, match="absent is not a folder; create it"):
         export(tmp_path / "absent/out")
     assert tree(tmp_path) == WHOLE
     assert (tmp_path / "out/manifest.json").read_text() == "whole"
@@ -230,7 +230,7 @@ def test_a_destination_in_use(tmp_path: Path) -> None:
 def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
-    with pytest.raises(ExportError, match="out is a mount point; choose a folder inside it"):
+    with pytest.raises(DestinationError, match="out is a mount point; choose a folder inside it"):
         export(tmp_path / "out")
 
 
@@ -246,9 +246,9 @@ def test_a_destination_that_overlaps_a_source(tmp_path: Path) -> None:
         (source / "new/out", "lies inside"),
         (tmp_path / "models", "contains"),
     ]:
-        with pytest.raises(ExportError, match=rf"destination \S+ {relation} the source \S+gemma; choose"):
+        with pytest.raises(DestinationError, match=rf"destination \S+ {relation} the source \S+gemma; choose"):
             export(destination, sources=(tmp_path / "absent", source))
-    with pytest.raises(ExportError, match=r"contains the source \S+config.json"):
+    with pytest.raises(DestinationError, match=r"contains the source \S+config.json"):
         export(source, sources=(source / "config.json",))
     export(tmp_path / "models/out", sources=(source, source / "config.json"))
     assert tree(source) == {"config.json"}
@@ -256,7 +256,7 @@ def test_a_destination_that_overlaps_a_source(tmp_path: Path) -> None:
 
 def test_a_parent_that_cannot_be_written() -> None:
     with pytest.raises(
-        ExportError, match=r"cannot create /proc/\.out\.partial: .*; choose a destination you can write"
+        DestinationError, match=r"cannot create /proc/\.out\.partial: .*; choose a destination you can write"
     ):
         export(Path("/proc/out"))
 
@@ -264,7 +264,9 @@ def test_a_parent_that_cannot_be_written() -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_parent_that_is_read_only(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(ExportError, match=r"cannot create .*Permission denied; choose a destination you can write"):
+    with pytest.raises(
+        DestinationError, match=r"cannot create .*Permission denied; choose a destination you can write"
+    ):
         export(tmp_path / "out")
 
 
@@ -278,7 +280,7 @@ def test_what_the_user_has_at_the_partial_name_is_kept(tmp_path: Path, kind: str
     else:
         partial.symlink_to(".")
     before = tree(tmp_path)
-    with pytest.raises(ExportError, match=r"\.out\.partial exists and is not an export's; move it away"):
+    with pytest.raises(DestinationError, match=r"\.out\.partial exists and is not an export's; move it away"):
         export(tmp_path / "out")
     assert tree(tmp_path) == before
 
