@@ -14,7 +14,7 @@ import numpy as np
 from export.checkpoint import Checkpoint, Float32, Indices
 from export.errors import CheckpointError
 from export.graph import MICROSOFT, DataFile, Graph, Region
-from quant.blockwise import BlockFormat, quantize_rows
+from quant.blockwise import BlockFormat
 from quant.recipe import Activations, WeightFormat
 
 ACCURACY_LEVELS: dict[Activations, int] = {"int8": 4, "float32": 0}
@@ -104,7 +104,7 @@ def _store_blocks(
     scales = data.reserve((matrix.num_rows, blocks.num_blocks), scale_type)
     first = 0
     for chunk in matrix.chunks():
-        chunk_codes, chunk_scales = quantize_rows(chunk, blocks, scale_type)
+        chunk_codes, chunk_scales = matrix.checkpoint.quantize(chunk, blocks, scale_type)
         if not np.isfinite(chunk_scales).all():
             raise _too_large(matrix, f"a scale of {np.dtype(scale_type).name}")
         data.write(rows, first, chunk_codes)
