@@ -32,7 +32,8 @@ figures (medians over interleaved passes, with their range):
   net speed at acceptance P (simulated)  drafting relative to none where each draft stands with probability P;
                                          tokens a round beside it. All work is done, acceptance alone is made up
   load                                   s, cold (files dropped from the page cache) and warm, in a fresh process
-                                         that need not verify digests; also up to a first token
+                                         that need not verify digests; also up to a first token, and the
+                                         tokenizer alone
   memory                                 MB, anonymous and mapped, decoding at context 2,048 in a fresh process;
                                          the peak that a thread sees every 3 ms
 
@@ -113,13 +114,14 @@ def _artifact(options: argparse.Namespace) -> Path:
     from export.dummy import DUMMIES, dummy_artifact
     from quant.recipe import RecipeError, make_recipe
 
-    if options.layout == "native":
-        raise EdgeError("--layout native: this version exports the portable layout alone; leave the option out")
     try:
-        recipe = make_recipe(options.bits or 4, options.block_size or 32)
+        recipe = make_recipe(
+            4 if options.bits is None else options.bits, 32 if options.block_size is None else options.block_size
+        )
     except RecipeError as error:
         raise EdgeError(str(error)) from error
-    return dummy_artifact(DUMMIES[options.dummy], recipe, show_progress=not options.quiet)
+    dummy, show_progress = DUMMIES[options.dummy], not options.quiet
+    return dummy_artifact(dummy, recipe, layout=options.layout, show_progress=show_progress)
 
 
 def _progress(line: str) -> None:

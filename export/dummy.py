@@ -42,6 +42,7 @@ POOL_BYTES = 4 * CHUNK_WEIGHTS
 # by byte: 0.5 to 1.5, of either sign, as quantized blocks have them; equal signs would shift all sums one way
 SCALES = ((0.5 + np.arange(256) / 256) * np.where(np.arange(256) % 2, 1, -1)).astype(np.float32)
 STRIDE = 0x9E3779B1  # odd and irregular: places in a pool do not repeat
+CODE = ("export/*.py", "quant/*.py", "runtime/manifest.py", "runtime/signature.py", "runtime/model_config.py")
 UNUSED_SECONDS = 24 * 3600.0
 _BOTH = {"vocab_size": 262_144, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512}
 _TARGET = _BOTH | {
@@ -108,17 +109,17 @@ DUMMIES = {
 }
 
 
-def dummy_artifact(dummy: DummyModel, recipe: Recipe, *, show_progress: bool = True) -> Path:
+def dummy_artifact(dummy: DummyModel, recipe: Recipe, *, layout: str | None = None, show_progress: bool = True) -> Path:
     """The folder of an artifact with random weights in the user's cache; made where it is not there yet.
 
     Raises:
-        ExportError: there is no cache folder, or the artifact cannot be written.
+        ExportError: there is no cache folder, the artifact cannot be written, or the recipe has not the layout.
     """
     cache = user_cache_folder()
     if cache is None:
         raise ExportError("no cache folder: this user has no home; set XDG_CACHE_HOME to a folder for the artifact")
     root = cache / "dummy"
-    folder = root / f"{dummy.name}-{_key(dummy, recipe)}"
+    folder = root / f"{dummy.name}-{_key(dummy, recipe, layout)}"
     if not _is_usable(folder):
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -127,13 +128,17 @@ def dummy_artifact(dummy: DummyModel, recipe: Recipe, *, show_progress: bool = T
             raise ExportError(f"{error.filename or root}: {error.strerror}; set XDG_CACHE_HOME to a folder") from error
         if folder.exists():
             shutil.rmtree(folder)
-        write_dummy(dummy, folder, recipe, show_progress=show_progress)
+        write_dummy(dummy, folder, recipe, layout=layout, show_progress=show_progress)
     os.utime(folder)
     return folder
 
 
-def write_dummy(dummy: DummyModel, destination: Path, recipe: Recipe, *, show_progress: bool = True) -> None:
+def write_dummy(
+    dummy: DummyModel, destination: Path, recipe: Recipe, *, layout: str | None = None, show_progress: bool = True
+) -> None:
     """Exports random weights to `destination`, as an export of a checkpoint of this shape would."""
+    if layout not in (None, "portable"):
+        raise ExportError(f"--layout {layout}: this version exports the portable layout alone; leave the option out")
     with tempfile.TemporaryDirectory(prefix="gemma-edge-dummy-") as name:
         target, assistant = Path(name) / "target", Path(name) / "assistant"
         for folder, config in ((target, dummy.target), (assistant, dummy.assistant)):
@@ -288,12 +293,12 @@ def _tokenizer(vocab_size: int) -> dict[str, Any]:
     return content
 
 
-def _key(dummy: DummyModel, recipe: Recipe) -> str:
+def _key(dummy: DummyModel, recipe: Recipe, layout: str | None) -> str:
     """Stands for all that the artifact depends on: sizes, recipe, format, and the code that writes it."""
-    digest = hashlib.sha256(json.dumps([dict(dummy.target), dict(dummy.assistant), recipe.to_json()]).encode())
-    digest.update(str(FORMAT_VERSION).encode())
-    here = Path(__file__).parent
-    for file in sorted((*here.glob("*.py"), *(here.parent / "quant").glob("*.py"))):
+    choice = [dict(dummy.target), dict(dummy.assistant), recipe.to_json(), layout, FORMAT_VERSION]
+    digest = hashlib.sha256(json.dumps(choice).encode())
+    root = Path(__file__).parents[1]
+    for file in sorted(file for pattern in CODE for file in root.glob(pattern)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

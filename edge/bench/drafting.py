@@ -79,13 +79,20 @@ def run_rounds(
     drafter: Drafter | None,
     context: int,
     num_tokens: int,
+    *,
     params: SamplingParams = GREEDY,
+    num_draft_tokens: int | None = None,
 ) -> Rounds:
-    """Generates `num_tokens` tokens behind the first one, from a context of random tokens."""
+    """Generates `num_tokens` tokens behind the first one, from a context of random tokens.
+
+    Args:
+        num_draft_tokens: so many drafts in every round; None for as many as the runtime would make
+    """
     opened.jump(context - 1)
     counts = DraftCounts()
     token_ids = opened.token_ids(seed=context)
-    blocks = opened.rounds(target, drafter, token_ids.take(1)[0], num_tokens + 1, params, counts)
+    first = token_ids.take(1)[0]
+    blocks = opened.rounds(target, drafter, first, num_tokens + 1, params, counts, num_draft_tokens)
     next(blocks)  # the prompt
     seconds, outside, num_generated = [], [], 0
     with session_clock() as clock:

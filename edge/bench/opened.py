@@ -48,12 +48,15 @@ class OpenedArtifact:
         self.manifest = runtime.manifest
         self.chunk_tokens = runtime.profile.prefill_chunk_tokens
         self.num_draft_tokens = runtime.profile.num_draft_tokens
+        # what the loop chooses draft lengths by, where this version of the runtime does
+        costs = getattr(loaded, "costs", None)
+        self._policy = {} if costs is None else {"costs": costs}
         self._rng = np.random.default_rng(0)
 
     @property
     def layout(self) -> str:
-        """How the weights lie in their files."""
-        return str(getattr(self.manifest, "layout", "portable"))
+        """What the target's graph works on."""
+        return str(getattr(self.target, "layout", getattr(self.manifest, "layout", "portable")))
 
     def token_ids(self, seed: int) -> TokenIds:
         """Random ids of this model's vocabulary without those that end a generation."""
@@ -93,14 +96,22 @@ class OpenedArtifact:
         max_tokens: int,
         params: SamplingParams,
         counts: DraftCounts,
+        num_draft_tokens: int | None = None,
     ) -> Iterator[list[int]]:
-        """The runtime's own loop behind the tokens that are cached: each round's tokens, the first one alone."""
+        """The runtime's own loop behind the tokens that are cached: each round's tokens, the first one alone.
+
+        Args:
+            num_draft_tokens: so many drafts in every round; None for as many as the runtime would make
+        """
+        policy: dict[str, Any] = self._policy if num_draft_tokens is None and drafter is not None else {}
+        most = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
         request = Request(
             prompt_ids=[first_token_id],
             max_tokens=max_tokens,
             params=params,
-            num_draft_tokens=self.num_draft_tokens if drafter is not None else 0,
+            num_draft_tokens=most if drafter is not None else 0,
             prefill_chunk_tokens=self.chunk_tokens,
+            **policy,
         )
         return generate_blocks(target, drafter, request, self._rng, counts, lambda: False)
 
@@ -108,6 +119,9 @@ class OpenedArtifact:
 def prefer(forward: Forward, row: int, token_id: int) -> None:
     """Makes a token the likeliest one of a kept row, in the buffers that the next forward overwrites."""
     forward.logits[row, token_id] = PREFERRED_LOGIT
+    top_logits, top_ids = getattr(forward, "top_logits", None), getattr(forward, "top_ids", None)
+    if top_logits is not None and top_ids is not None:  # graphs that give the best candidates, the largest first
+        top_logits[row, 0], top_ids[row, 0] = PREFERRED_LOGIT, token_id
 
 
 @dataclass(slots=True)

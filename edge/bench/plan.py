@@ -22,7 +22,8 @@ class Plan:
     num_repeats: int = 3
     num_loads: int = 3
     outside_tokens: int = 16
-    assumed_tokens: int = 48
+    outside_drafts: int = 3
+    assumed_tokens: int = 96
     stream_bytes: int = 1 << 30
     acceptances: tuple[float, ...] = ()
 

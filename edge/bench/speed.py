@@ -91,6 +91,7 @@ class SpeedRun:
         sizes = VERIFY_SIZES if is_verified else (1, 1, 1)
         if not self._fits(("step", context), context):
             return
+        self._measure_roofline()
         self._opened.jump(context)
         self._timed_forward(1)  # dropped: the first one reads the rows that were just written
         for repeat in range(self._plan.num_repeats):
@@ -134,7 +135,13 @@ class SpeedRun:
             if mode != "plain" and drafter is None:
                 continue
             rounds = run_rounds(
-                opened, opened.target, drafter, plan.drafting_context, plan.outside_tokens, params=params
+                opened,
+                opened.target,
+                drafter,
+                plan.drafting_context,
+                plan.outside_tokens,
+                params=params,
+                num_draft_tokens=min(plan.outside_drafts, opened.num_draft_tokens),
             )
             self.samples["outside", mode] += [seconds * 1e3 for seconds in rounds.outside_seconds]
             self.samples["drafts", mode].append(rounds.drafts_per_round)
@@ -155,8 +162,5 @@ class SpeedRun:
     def _assumed_rounds(self, acceptance: float, seed: int, *, is_drafting: bool) -> Rounds:
         opened, plan = self._opened, self._plan
         target = AssumedTarget(opened.target, acceptance, opened.token_ids(seed=seed + 2), seed)
-        # whole rounds of accepted drafts, so that the last one is not cut short
-        per_round = opened.num_draft_tokens + 1
-        num_tokens = -(-plan.assumed_tokens // per_round) * per_round
         drafter = opened.drafter if is_drafting else None
-        return run_rounds(opened, target, drafter, plan.drafting_context, num_tokens)
+        return run_rounds(opened, target, drafter, plan.drafting_context, plan.assumed_tokens)

@@ -71,7 +71,8 @@ def _load_figures(
         figures.append(figure(f"load.{kind}", f"load, {kind}", "s", samples, note=note))
         samples = [load["first_token_s"] for load in loads]
         figures.append(figure(f"load_and_token.{kind}", f"load and a first token, {kind}", "s", samples))
-    return figures
+    samples = [load["tokenizer_s"] for load in found["warm"]]
+    return [*figures, figure("load.tokenizer", "load of the tokenizer alone, warm", "s", samples)]
 
 
 def _memory_figures(
