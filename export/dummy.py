@@ -314,5 +314,6 @@ def _is_usable(folder: Path) -> bool:
 def _remove_unused(root: Path) -> None:
     """Removes artifacts that nobody has asked for in a day: of other options or older code, gigabytes each."""
     for folder in root.iterdir():
-        if (folder / MANIFEST).exists() and time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
+        is_ours = (folder / MANIFEST).exists() or folder.name.endswith(".partial")  # of an export that was killed
+        if is_ours and time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
             shutil.rmtree(folder)

@@ -15,7 +15,7 @@ Words = npt.NDArray[np.uint64]
 
 MIN_STREAM_BYTES = 64 << 20
 PIECE_WORDS = 1 << 20  # 8 MiB: a call's own cost does not count, its buffers stay small
-PRODUCT = (256, 1536, 6144)  # rows, K, N: E2B's widest shape, and as fast as larger ones (measured)
+PRODUCT = (256, 1536, 6144)  # rows, K, N: the up projection of an E2B layer; as fast as larger ones (measured)
 PRODUCTS_A_SAMPLE = 4
 
 

@@ -161,8 +161,9 @@ def test_a_damaged_one_is_made_again(cache: Path) -> None:
 def test_those_out_of_use_are_removed(cache: Path) -> None:
     folder = make()
     (folder.parent / "other").mkdir()  # of someone else: not an artifact
-    os.utime(folder, (0, 0))
-    os.utime(folder.parent / "other", (0, 0))
+    (folder.parent / ".tiny.partial").mkdir()
+    for path in folder.parent.iterdir():
+        os.utime(path, (0, 0))
     newer = make(block_size=64)
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted(["other", newer.name])
 
