@@ -108,12 +108,15 @@ def _artifact(options: argparse.Namespace) -> Path:
                 option = f"--{name.replace('_', '-')}"
                 raise EdgeError(f"{option} is for --dummy; an artifact has its own, made by edge-export {option}")
         return Path(options.artifact)
-    from export.cli import check_installed
-
-    check_installed()
-    from export.dummy import DUMMIES, dummy_artifact
+    from export.cli import NEEDED
     from quant.recipe import RecipeError, make_recipe
 
+    try:
+        from export.dummy import DUMMIES, dummy_artifact
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        raise EdgeError(f"--dummy: {error.name} is not installed; run: pip install 'gemma-edge[export]'") from error
     try:
         recipe = make_recipe(
             4 if options.bits is None else options.bits, 32 if options.block_size is None else options.block_size

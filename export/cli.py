@@ -37,7 +37,7 @@ def export(options: argparse.Namespace, *, through_optimum: bool = False) -> Non
     Raises:
         EdgeError: an option, the source or the destination cannot be used.
     """
-    check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
+    _check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
     from export.pipeline import export_artifact, open_source
     from export.source import resolve_source
     from export.staging import terminate_as_interrupt
@@ -59,8 +59,7 @@ def export(options: argparse.Namespace, *, through_optimum: bool = False) -> Non
     print(f"{options.output}: {size / 1e6:,.1f} MB, {options.bits} bits, {drafting}")
 
 
-def check_installed(modules: tuple[str, ...] = NEEDED) -> None:
-    """Raises EdgeError where modules that an export imports are not there."""
+def _check_installed(modules: tuple[str, ...]) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise EdgeError(f"{', '.join(missing)} not installed; run: pip install 'gemma-edge[export]'")
