@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from export.errors import CheckpointError
+from quant.blockwise import BlockFormat, Codes, Float16, quantize_rows
 
 CHUNK_WEIGHTS = 1 << 23  # 32 MiB as float32
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -134,7 +135,11 @@ class Checkpoint:
         values: Indices = self._read(name, 0, size).to(torch.int64).numpy()
         return values
 
-    def _entry(self, name: str) -> "_Entry":
+    def quantize(self, weights: Float32, form: BlockFormat) -> tuple[Codes, Float16]:
+        """Codes and scales of a chunk of rows; a source that makes its weights up makes up these instead."""
+        return quantize_rows(weights, form)
+
+    def _entry(self, name: str) -> "TensorEntry":
         if name not in self._tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing from the safetensors files")
         return self._tensors[name]
@@ -191,7 +196,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class TensorEntry:
     """Where a tensor lies and what it is."""
 
     file: Path
@@ -199,10 +204,10 @@ class _Entry:
     dtype: str
 
 
-def _read_header(file: Path) -> list[tuple[str, _Entry]]:
+def _read_header(file: Path) -> list[tuple[str, TensorEntry]]:
     with _open_shard(file) as shard:
         slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 - not a dict
-        return [(name, _Entry(file, tuple(part.get_shape()), part.get_dtype())) for name, part in slices]
+        return [(name, TensorEntry(file, tuple(part.get_shape()), part.get_dtype())) for name, part in slices]
 
 
 def _open_shard(file: Path) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from export.checkpoint import Checkpoint, Float32, Indices
 from export.errors import CheckpointError
 from export.graph import MICROSOFT, DataFile, Graph, Region
-from quant.blockwise import BlockFormat, Codes, Float16, quantize_rows
+from quant.blockwise import BlockFormat, Codes, Float16
 from quant.recipe import Activations, WeightFormat
 from runtime.layout import Layout
 from runtime.matrix_spec import MatrixSpec, padded_rows
@@ -167,7 +167,7 @@ class WeightStore:
 
     def _quantized(self, matrix: Matrix, blocks: BlockFormat) -> Iterator[tuple[Codes, Float16]]:
         for chunk in matrix.chunks():
-            codes, scales = quantize_rows(chunk, blocks)
+            codes, scales = matrix.checkpoint.quantize(chunk, blocks)
             if not np.isfinite(scales).all():
                 raise _too_large(matrix, "a scale of float16")
             yield codes.reshape(len(codes), blocks.num_blocks, blocks.block_bytes), scales

@@ -35,6 +35,7 @@ RUNTIME_FILES = sorted(
         "edge/__init__.py",
         "edge/command.py",
         "edge/generate_cli.py",
+        "edge/bench/*.py",
     )
     for file in ROOT.glob(pattern)
 )

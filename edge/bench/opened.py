@@ -1,0 +1,162 @@
+"""A loaded artifact taken apart for measuring: the one place that knows how the runtime's pieces hang together."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from runtime.engine import Runtime
+from runtime.generation import DraftCounts, Drafter, Request, Target, generate_blocks
+from runtime.sampling import SamplingParams
+from runtime.target import Forward
+
+SESSION_RUNS = ("run_with_iobinding", "run")
+PREFERRED_LOGIT = 1e4  # above every real one, and finite
+
+Float32 = npt.NDArray[np.float32]
+
+
+class TokenIds:
+    """Random token ids, none twice before all were there: look-ups spread over the tables as those of text do."""
+
+    def __init__(self, vocab_size: int, *, seed: int, excluded: Sequence[int] = ()) -> None:
+        ids = np.random.default_rng(seed).permutation(vocab_size).astype(np.int32)
+        self._ids = ids[~np.isin(ids, excluded)]
+        self._next = 0
+
+    def take(self, num_tokens: int) -> list[int]:
+        """The next ids."""
+        places = np.arange(self._next, self._next + num_tokens) % len(self._ids)
+        self._next += num_tokens
+        return [int(token_id) for token_id in self._ids[places]]
+
+
+class OpenedArtifact:
+    """The target, the drafter and the KV cache of a loaded runtime; a generation of the runtime itself clears them."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        loaded = runtime._loaded
+        assert loaded is not None
+        self.runtime = runtime
+        self.target = loaded.target
+        self.drafter = loaded.drafter
+        self.manifest = runtime.manifest
+        self.chunk_tokens = runtime.profile.prefill_chunk_tokens
+        self.num_draft_tokens = runtime.profile.num_draft_tokens
+        # what the loop chooses draft lengths by, where this version of the runtime does
+        costs = getattr(loaded, "costs", None)
+        self._policy = {} if costs is None else {"costs": costs}
+        self._rng = np.random.default_rng(0)
+
+    @property
+    def layout(self) -> str:
+        """What the target's graph works on."""
+        return str(getattr(self.target, "layout", getattr(self.manifest, "layout", "portable")))
+
+    def token_ids(self, seed: int) -> TokenIds:
+        """Random ids of this model's vocabulary without those that end a generation."""
+        return TokenIds(self.manifest.model.vocab_size, seed=seed, excluded=self.manifest.generation["eos_token_ids"])
+
+    def prefill(self, token_ids: Sequence[int]) -> Forward:
+        """Computes a prompt on an empty cache, in the profile's chunks."""
+        self.target.cache.clear()
+        for start in range(0, len(token_ids), self.chunk_tokens):
+            forward = self.target.forward(token_ids[start : start + self.chunk_tokens], num_kept=1)
+        return forward
+
+    def jump(self, num_tokens: int) -> None:
+        """Makes the cache hold `num_tokens` tokens without computing them: random rows, of norms as real ones have."""
+        cache = self.target.cache
+        cache.clear()
+        while cache.num_tokens < num_tokens:
+            step = min(self.chunk_tokens, num_tokens - cache.num_tokens)
+            cache.make_room(step)
+            cache.append(step)
+        for _, _, array in cache.arrays():
+            pattern = self._rng.standard_normal(array.shape[1:], np.float32)
+            for row in range(min(len(array), 64)):
+                array[row::64] = np.roll(pattern, row)
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        """Bytes of the rows that one more token sees, each counted once however many layers read it."""
+        window = self.manifest.model.sliding_window
+        rows = {"full": num_tokens, "sliding": min(num_tokens, window)}
+        return sum(rows[kind] * array[0].nbytes for kind, _, array in self.target.cache.arrays())
+
+    def rounds(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        first_token_id: int,
+        max_tokens: int,
+        params: SamplingParams,
+        counts: DraftCounts,
+        num_draft_tokens: int | None = None,
+    ) -> Iterator[list[int]]:
+        """The runtime's own loop behind the tokens that are cached: each round's tokens, the first one alone.
+
+        Args:
+            num_draft_tokens: so many drafts in every round; None for as many as the runtime would make
+        """
+        policy: dict[str, Any] = self._policy if num_draft_tokens is None and drafter is not None else {}
+        most = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+        request = Request(
+            prompt_ids=[first_token_id],
+            max_tokens=max_tokens,
+            params=params,
+            num_draft_tokens=most if drafter is not None else 0,
+            prefill_chunk_tokens=self.chunk_tokens,
+            **policy,
+        )
+        return generate_blocks(target, drafter, request, self._rng, counts, lambda: False)
+
+
+def prefer(forward: Forward, row: int, token_id: int) -> None:
+    """Makes a token the likeliest one of a kept row, in the buffers that the next forward overwrites."""
+    forward.logits[row, token_id] = PREFERRED_LOGIT
+    top_logits, top_ids = getattr(forward, "top_logits", None), getattr(forward, "top_ids", None)
+    if top_logits is not None and top_ids is not None:  # graphs that give the best candidates, the largest first
+        top_logits[row, 0], top_ids[row, 0] = PREFERRED_LOGIT, token_id
+
+
+@dataclass(slots=True)
+class SessionClock:
+    """Time spent inside onnxruntime."""
+
+    seconds: float = 0.0
+    num_runs: int = 0
+
+
+@contextmanager
+def session_clock() -> Iterator[SessionClock]:
+    """Times every run of every session while it is open."""
+    clock = SessionClock()
+    kind: Any = ort.InferenceSession
+    own = {name: vars(kind).get(name) for name in SESSION_RUNS}
+    for name in SESSION_RUNS:
+        setattr(kind, name, _timed(getattr(kind, name), clock))
+    try:
+        yield clock
+    finally:
+        for name, method in own.items():
+            if method is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, method)
+
+
+def _timed(method: Callable[..., Any], clock: SessionClock) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return method(*arguments, **options)
+        finally:
+            clock.seconds += time.perf_counter() - start
+            clock.num_runs += 1
+
+    return run

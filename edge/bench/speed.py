@@ -1,0 +1,166 @@
+"""Times prefill, decode, verify and draft: every figure once a pass, so that all of them see the same machine."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from edge.bench.drafting import GREEDY, AssumedTarget, Rounds, run_rounds
+from edge.bench.opened import OpenedArtifact
+from edge.bench.plan import ROOM_TOKENS, VERIFY_SIZES, Plan
+from edge.bench.roofline import Roofline
+from runtime.sampling import SamplingParams
+
+SAMPLED = SamplingParams()
+Key = tuple[str | int | float, ...]
+Progress = Callable[[str], None]
+
+
+class SpeedRun:
+    """Samples by key; a key is a figure's name and its sizes."""
+
+    def __init__(self, opened: OpenedArtifact, roofline: Roofline, plan: Plan, progress: Progress) -> None:
+        self.samples: dict[Key, list[float]] = defaultdict(list)
+        self.missing: dict[Key, str] = {}
+        self._opened = opened
+        self._roofline = roofline
+        self._plan = plan
+        self._progress = progress
+        self._token_ids = opened.token_ids(seed=1)
+
+    def run(self) -> None:
+        """All passes, behind one that only warms up."""
+        self._warm_up()
+        for index in range(self._plan.num_passes):
+            where = f"pass {index + 1} of {self._plan.num_passes}"
+            self._measure_roofline()
+            self._progress(f"{where}: prefill")
+            for num_tokens in self._plan.prompts:
+                self._measure_prefill(num_tokens)
+            self._measure_first_token()
+            for context in self._plan.contexts:
+                self._progress(f"{where}: decode and verify at context {context:,}")
+                self._measure_forwards(context)
+            self._progress(f"{where}: draft-verify rounds")
+            self._measure_outside()
+            self._measure_assumed(index)
+            self._measure_roofline()
+
+    def _warm_up(self) -> None:
+        self._progress("warming up")
+        opened, plan = self._opened, self._plan
+        opened.prefill(self._take(min(opened.chunk_tokens, max(plan.prompts), self._room)))
+        for num_tokens in VERIFY_SIZES:
+            self._timed_forward(num_tokens)
+
+    @property
+    def _room(self) -> int:
+        return self._opened.runtime.context_tokens - ROOM_TOKENS
+
+    def _fits(self, key: Key, num_tokens: int) -> bool:
+        if num_tokens > self._room:
+            context = self._opened.runtime.context_tokens
+            self.missing[key] = f"the context holds {context:,} tokens"
+        return num_tokens <= self._room
+
+    def _take(self, num_tokens: int) -> list[int]:
+        return self._token_ids.take(num_tokens)
+
+    def _measure_roofline(self) -> None:
+        self.samples["stream",].append(self._roofline.stream())
+        self.samples["product",].append(self._roofline.multiply())
+
+    def _measure_prefill(self, num_tokens: int) -> None:
+        key = ("prefill", num_tokens)
+        if self._fits(key, num_tokens):
+            token_ids = self._take(num_tokens)
+            start = time.perf_counter()
+            self._opened.prefill(token_ids)
+            self.samples[key].append(num_tokens / (time.perf_counter() - start))
+
+    def _measure_first_token(self) -> None:
+        num_tokens = self._plan.first_token_prompt
+        if self._fits(("first_token", num_tokens), num_tokens):
+            generation = self._opened.runtime.generate(self._take(num_tokens), max_tokens=1, temperature=0.0)
+            self.samples["first_token", num_tokens].append(generation.stats.time_to_first_token_ms)
+
+    def _measure_forwards(self, context: int) -> None:
+        """Forwards of several sizes in turn, each followed by a trim, so that all see the same context."""
+        is_verified = context in self._plan.verify_contexts
+        sizes = VERIFY_SIZES if is_verified else (1, 1, 1)
+        if not self._fits(("step", context), context):
+            return
+        self._measure_roofline()
+        self._opened.jump(context)
+        self._timed_forward(1)  # dropped: the first one reads the rows that were just written
+        for repeat in range(self._plan.num_repeats):
+            seconds: dict[int, float] = {}
+            for size in np.roll(sizes, repeat * 3).tolist():
+                seconds[size] = self._timed_forward(size)
+                self.samples["forward", context, size].append(seconds[size])
+            for size in sizes[1:] if is_verified else ():
+                self.samples["verify", context, size].append(seconds[size] / seconds[1])
+            if is_verified:
+                self._measure_drafter(context, seconds[1])
+
+    def _timed_forward(self, num_tokens: int) -> float:
+        target, token_ids = self._opened.target, self._take(num_tokens)
+        start = time.perf_counter()
+        target.forward(token_ids, num_kept=num_tokens)
+        seconds = time.perf_counter() - start
+        target.trim(num_tokens)
+        return seconds
+
+    def _measure_drafter(self, context: int, step_seconds: float) -> None:
+        opened, num_steps = self._opened, self._plan.drafter_steps
+        if opened.drafter is None:
+            return
+        hidden = opened.target.forward(self._take(1), num_kept=1).hidden[-1]
+        last, rng = self._take(1)[0], np.random.default_rng(0)
+        start = time.perf_counter()
+        num_drafts = len(opened.drafter.draft(last, hidden, num_steps, GREEDY, rng))
+        seconds = (time.perf_counter() - start) / max(num_drafts, 1)
+        opened.target.trim(1)
+        self.samples["drafter", context].append(seconds * 1e3)
+        self.samples["drafter_share", context].append(seconds / step_seconds)
+
+    def _measure_outside(self) -> None:
+        """Python's time a round: no drafts, drafts of the best candidates, drawn drafts."""
+        opened, plan = self._opened, self._plan
+        if not self._fits(("rounds",), plan.drafting_context + plan.outside_tokens):
+            return
+        modes = {"plain": (None, GREEDY), "greedy": (opened.drafter, GREEDY), "sampled": (opened.drafter, SAMPLED)}
+        for mode, (drafter, params) in modes.items():
+            if mode != "plain" and drafter is None:
+                continue
+            rounds = run_rounds(
+                opened,
+                opened.target,
+                drafter,
+                plan.drafting_context,
+                plan.outside_tokens,
+                params=params,
+                num_draft_tokens=min(plan.outside_drafts, opened.num_draft_tokens),
+            )
+            self.samples["outside", mode] += [seconds * 1e3 for seconds in rounds.outside_seconds]
+            self.samples["drafts", mode].append(rounds.drafts_per_round)
+
+    def _measure_assumed(self, index: int) -> None:
+        """Drafting at assumed acceptances against none, in turn."""
+        opened, plan = self._opened, self._plan
+        fits = self._fits(("rounds",), plan.drafting_context + plan.assumed_tokens)
+        if not plan.acceptances or opened.drafter is None or not fits:
+            return
+        plain = self._assumed_rounds(0.0, index, is_drafting=False)
+        for acceptance in plan.acceptances:
+            rounds = self._assumed_rounds(acceptance, index, is_drafting=True)
+            self.samples["net", acceptance].append(rounds.tokens_per_second / plain.tokens_per_second)
+            self.samples["round", acceptance].append(rounds.tokens_per_round)
+            self.samples["drafted", acceptance].append(rounds.drafts_per_round)
+
+    def _assumed_rounds(self, acceptance: float, seed: int, *, is_drafting: bool) -> Rounds:
+        opened, plan = self._opened, self._plan
+        target = AssumedTarget(opened.target, acceptance, opened.token_ids(seed=seed + 2), seed)
+        drafter = opened.drafter if is_drafting else None
+        return run_rounds(opened, target, drafter, plan.drafting_context, plan.assumed_tokens)

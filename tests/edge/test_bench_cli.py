@@ -1,0 +1,146 @@
+"""`edge-bench` from end to end on a tiny artifact, and its errors: one line each."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from edge import bench_cli
+from tests.commands import Capture, assert_fails, run
+from tests.test_imports import CORE_ALONE, run_python
+
+ROOT = Path(__file__).parents[2]
+
+
+class Ran(NamedTuple):
+    """What one run printed and wrote."""
+
+    table: str
+    progress: str
+    json: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    file = tmp_path_factory.mktemp("bench") / "report.json"
+    assumed = ["--assume-acceptance", "1", "--assume-acceptance", "0.0"]
+    command = [sys.executable, "-m", "edge.bench_cli", str(tiny_artifact("wide", 4)), "--quick", "--threads", "1"]
+    result = subprocess.run(
+        [*command, *assumed, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return Ran(result.stdout, result.stderr, json.loads(file.read_text()))
+
+
+EXPECTED = [
+    *("roofline.stream", "roofline.product"),
+    *(f"prefill.{size}" for size in (128, 512, 2048)),
+    *(f"decode.{context}" for context in (128, 2048, 8192)),
+    *(f"verify.{context}.{size}" for context in (128, 2048) for size in range(2, 9)),
+    *(f"{name}.{context}" for context in (128, 2048) for name in ("drafter", "drafter_share")),
+    "first_token.512",
+    *(f"outside.{mode}" for mode in ("plain", "greedy", "sampled")),
+    *(f"{name}.{acceptance}" for acceptance in (1, 0) for name in ("net", "tokens_per_round")),
+    *(f"{name}.{kind}" for kind in ("cold", "warm") for name in ("load", "load_and_token")),
+    "load.tokenizer",
+    *(f"memory.{name}" for name in ("decode_anonymous", "decode_mapped", "prefill_anonymous", "loading_anonymous")),
+    *(f"memory.{name}" for name in ("loaded_anonymous", "imported_anonymous")),
+]
+TOO_LONG = {"prefill.2048", "decode.2048", "decode.8192", "drafter.2048", "drafter_share.2048"} | {
+    f"verify.2048.{size}" for size in range(2, 9)
+}
+
+
+def test_every_figure_is_there(ran: Ran) -> None:
+    figures = ran.json["figures"]
+    assert list(figures) == EXPECTED
+    for key, entry in figures.items():
+        assert entry["key"] == key
+        assert entry["unit"]
+        if key in TOO_LONG:
+            assert (entry["value"], entry["note"]) == (None, "the context holds 2,048 tokens")
+        elif key == "load.cold":
+            assert entry["value"] is None or entry["value"] > 0
+        else:
+            assert entry["value"] > 0
+            assert entry["low"] <= entry["value"] <= entry["high"]
+            assert entry["num_samples"] > 0
+
+
+def test_shares_of_limits(ran: Ran) -> None:
+    with_share = {key for key, entry in ran.json["figures"].items() if entry["limit_share"] is not None}
+    assert with_share == {"prefill.128", "prefill.512", "decode.128"} | {f"verify.128.{size}" for size in range(2, 9)}
+
+
+def test_simulated_figures_are_labelled(ran: Ran) -> None:
+    simulated = {key for key, entry in ran.json["figures"].items() if entry["simulated"]}
+    assert simulated == {"net.1", "tokens_per_round.1", "net.0", "tokens_per_round.0"}
+    for line in ran.table.splitlines():
+        assert ("(simulated)" in line) == ("acceptance" in line)
+
+
+def test_assumed_acceptance_decides_the_tokens_of_a_round(ran: Ran) -> None:
+    figures = ran.json["figures"]
+    # how many are drafted is the runtime's choice; each of them stands
+    assert 1 < figures["tokens_per_round.1"]["value"] <= 1 + ran.json["about"]["num_draft_tokens"]
+    assert figures["tokens_per_round.0"]["value"] == 1
+
+
+def test_the_table_has_a_line_for_each(ran: Ran) -> None:
+    lines = ran.table.splitlines()
+    assert lines[0].split()[:3] == ["figure", "median", "unit"]
+    assert len(lines) == 1 + len(EXPECTED)
+    assert all(line.startswith("edge-bench: ") for line in ran.progress.splitlines())
+    assert ran.json["about"]["num_threads"] == 1
+
+
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "nothing": ([], "one of the arguments ARTIFACT --dummy is required; see edge-bench --help"),
+    "both": (["x", "--dummy", "E2B"], "argument --dummy: not allowed with argument ARTIFACT; see"),
+    "no-artifact": (["none"], "none: No such file or directory; make an artifact with edge-export"),
+    "no-size": (["--dummy", "E3B"], "argument --dummy: invalid choice: 'E3B'"),
+    "bits": (["--dummy", "E2B", "--bits", "5"], "--bits 5: choose one of 4, 8, 16, 32"),
+    "no-bits": (["--dummy", "E2B", "--bits", "0"], "--bits 0: choose one of 4, 8, 16, 32"),
+    "block-size": (["--dummy", "E2B", "--block-size", "33"], "--block-size 33: choose one of 16, 32, 64, 128, 256"),
+    "own-bits": (["x", "--bits", "4"], "--bits is for --dummy; an artifact has its own, made by edge-export --bits"),
+    "own-layout": (["x", "--layout", "native"], "--layout is for --dummy; an artifact has its own"),
+    "probability": (["x", "--assume-acceptance", "1.5"], "argument --assume-acceptance: 1.5 is no probability of 0"),
+    "no-number": (["x", "--assume-acceptance", "often"], "argument --assume-acceptance: invalid .* value: 'often'"),
+    "nan": (["x", "--assume-acceptance", "nan"], "argument --assume-acceptance: nan is no probability of 0 to 1"),
+    "threads": (["x", "--threads", "-1"], "num_threads is -1, expected an integer of 0 to 1,024"),
+    "profile": (["x", "--profile", "labtop"], "unknown profile 'labtop', did you mean 'laptop'?"),
+    "json-folder": (["x", "--json", "."], "--json .: is a folder; name a file"),
+    "json-nowhere": (["x", "--json", "none/report"], "--json none/report: none is not a folder; create it or"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_options_that_cannot_be_served(case: str, capfd: Capture, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, match = BAD_OPTIONS[case]
+    assert_fails(bench_cli.main, options, f"^edge-bench: {match}", capfd)
+
+
+def test_a_budget_that_is_too_small(tiny_artifact: Callable[..., Path], capfd: Capture) -> None:
+    options = [tiny_artifact("wide", 4), "--memory-budget", "1 MB", "--quiet"]
+    match = "^edge-bench: measuring load: laptop: the model needs [0-9]+ MiB .* the budget is 1 MiB"
+    assert_fails(bench_cli.main, options, match, capfd)
+
+
+def test_help_lists_the_figures(capfd: Capture) -> None:
+    assert run(bench_cli.main, ["--help"]) == 0
+    printed = capfd.readouterr().out
+    for name in ("stream bandwidth", "prefill", "decode", "verify", "drafter step", "simulated", "load", "memory"):
+        assert re.search(rf"^  .*{name}", printed, re.M), name
+
+
+def test_the_core_alone_says_what_a_dummy_needs() -> None:
+    result = run_python(CORE_ALONE, "edge.bench_cli", "--dummy", "E2B")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line == "edge-bench: --dummy: torch is not installed; run: pip install 'gemma-edge[export]'"
