@@ -1,0 +1,92 @@
+"""The native ops: finds the library that the installation built, and decides by a self-test whether it may be used.
+
+The library calls ONNX Runtime through its binary interface, so what counts is whether the two work together here and
+now: a graph with every op must give the results that it carries. Without the ops, artifacts run on portable graphs.
+"""
+
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+SELF_TEST = Path(__file__).parent / "self_test.onnx"
+TOLERANCE = 1e-4  # of values near 1, sums of 32 products in float32
+
+
+def library_path() -> Path | None:
+    """The shared library; None where none was built."""
+    path = Path(__file__).parent / f"edge_ops{SUFFIX}"
+    return path if path.is_file() else None
+
+
+@cache
+def unusable_because() -> str | None:
+    """Why the native ops cannot be used in this process; None where they can."""
+    path = library_path()
+    if path is None:
+        return "they were not built, install gemma-edge where there is a C++ compiler"
+    try:
+        outputs = _run_self_test(path)
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        return f"onnxruntime {ort.__version__} refuses them: {str(error).strip().partition(chr(10))[0]}"
+    wrong = [name for name, value in outputs.items() if not _agrees(value, outputs.get(f"expected_{name}", value))]
+    return f"their self-test fails: {', '.join(wrong)} on {instruction_set()}" if wrong else None
+
+
+def _run_self_test(path: Path) -> dict[str, np.ndarray]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(path))
+    session = ort.InferenceSession(SELF_TEST, options, providers=["CPUExecutionProvider"])
+    x = np.linspace(-1, 1, 96, dtype=np.float32).reshape(3, 32) ** 3
+    inputs = {
+        "x": x,
+        "row": x[:1],
+        "positions": np.arange(3, dtype=np.int64),
+        "rows": np.array([0, 3, 0], np.int64),
+        "keys": np.zeros((8, 8), np.float32),
+        "value_rows": np.zeros((8, 8), np.float32),
+    }
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _agrees(found: np.ndarray, expected: np.ndarray) -> bool:
+    return found.shape == expected.shape and np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    path = library_path()
+    if path is None:
+        return None
+    loaded = ctypes.CDLL(str(path))
+    loaded.edge_instruction_set.restype = ctypes.c_char_p
+    loaded.edge_force_instruction_set.argtypes = [ctypes.c_char_p]
+    loaded.edge_read_stream.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+    loaded.edge_read_stream.restype = ctypes.c_uint64
+    return loaded
+
+
+def instruction_set() -> str:
+    """Name of the instruction set that the ops use; "none" without them."""
+    loaded = _library()
+    return str(loaded.edge_instruction_set().decode()) if loaded else "none"
+
+
+def force_instruction_set(name: str | None) -> bool:
+    """Forces an instruction set for the whole process, None for the best; False where this build or processor lacks it."""
+    loaded = _library()
+    return bool(loaded and loaded.edge_force_instruction_set(name.encode() if name else None))
+
+
+def read_stream(array: np.ndarray) -> int:
+    """Reads an array's memory once on this thread, without the interpreter's lock; returns a value of all of it."""
+    loaded = _library()
+    assert loaded is not None, "the native ops were not built"
+    return int(loaded.edge_read_stream(array.ctypes.data, array.nbytes))

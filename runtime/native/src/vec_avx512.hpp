@@ -1,0 +1,33 @@
+// 16 lanes of AVX-512.
+#pragma once
+#include <immintrin.h>
+
+namespace {
+
+struct Vec16 {
+    using T = __m512;
+    static constexpr int lanes = 16;
+    static T load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, T a) { _mm512_storeu_ps(p, a); }
+    static T set(float a) { return _mm512_set1_ps(a); }
+    static T add(T a, T b) { return _mm512_add_ps(a, b); }
+    static T sub(T a, T b) { return _mm512_sub_ps(a, b); }
+    static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
+    static T div(T a, T b) { return _mm512_div_ps(a, b); }
+    static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+    static T max(T a, T b) { return _mm512_max_ps(a, b); }
+    static T min(T a, T b) { return _mm512_min_ps(a, b); }
+    static T round(T a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static T power_of_two(T n) {
+        const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+    }
+    static T choose(T x, T low, T high, T value, T other) {
+        const __mmask16 inside = _mm512_cmp_ps_mask(low, x, _CMP_LE_OQ) & _mm512_cmp_ps_mask(x, high, _CMP_LE_OQ);
+        return _mm512_mask_mov_ps(other, inside, value);
+    }
+    static float sum(T a) { return _mm512_reduce_add_ps(a); }
+    static bool any_above(T a, T limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NLE_UQ) != 0; }
+};
+
+}  // namespace

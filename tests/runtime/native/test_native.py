@@ -1,0 +1,67 @@
+"""Whether the native ops may be used: the self-test, and what happens where it does not pass."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import native
+from tests.runtime.native import make_self_test
+
+
+@pytest.fixture(autouse=True)
+def ask_again() -> None:
+    native.unusable_because.cache_clear()
+
+
+def test_the_self_test_is_the_one_that_its_script_makes() -> None:
+    assert native.SELF_TEST.read_bytes() == make_self_test.model_bytes()
+
+
+def test_the_built_library_passes() -> None:
+    assert native.unusable_because() is None
+    assert native.instruction_set() != "none"
+
+
+def test_every_instruction_set_of_this_processor_passes() -> None:
+    best = native.instruction_set()
+    passed = []
+    try:
+        for name in ("avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod", "scalar"):
+            if native.force_instruction_set(name):
+                native.unusable_because.cache_clear()
+                assert native.unusable_because() is None, name
+                assert native.instruction_set() == name
+                passed.append(name)
+    finally:
+        assert native.force_instruction_set(None)
+    assert native.instruction_set() == best
+    assert "scalar" in passed
+
+
+def test_an_unknown_instruction_set_is_not_there() -> None:
+    assert not native.force_instruction_set("mmx")
+
+
+def test_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "library_path", lambda: None)
+    assert "not built" in (native.unusable_because() or "")
+
+
+def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "edge_ops.so").write_bytes(b"no library")
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "edge_ops.so")
+    assert "refuses them" in (native.unusable_because() or "")
+
+
+def test_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = native._run_self_test(native.library_path() or Path())
+    outputs["total"] = outputs["total"] + np.float32(0.01)
+    monkeypatch.setattr(native, "_run_self_test", lambda path: outputs)
+    assert "self-test fails: total" in (native.unusable_because() or "")
+
+
+def test_reading_a_stream_sees_every_word() -> None:
+    words = np.arange(1, 65, dtype=np.uint64)
+    whole = native.read_stream(words)
+    assert whole == int(np.bitwise_xor.reduce(words))
