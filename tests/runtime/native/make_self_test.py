@@ -92,7 +92,16 @@ def model_bytes() -> bytes:
             scale=0.5,
         ),
         node("TopLogits", ["normed"], ["values", "ids"], k=3),
-        node("SelectedMatMul", ["row", "panels_8", "groups"], ["selected"], bits=8, block_size=32, K=32, N=64, group_size=16),
+        node(
+            "SelectedMatMul",
+            ["row", "panels_8", "groups"],
+            ["selected"],
+            bits=8,
+            block_size=32,
+            K=32,
+            N=64,
+            group_size=16,
+        ),
     ]
     names = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
     given = inputs | {"keys": np.zeros((CAPACITY, HEAD_DIM), np.float32)}

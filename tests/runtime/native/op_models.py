@@ -28,7 +28,12 @@ class OpModel:
     """A session of one node. Arrays are bound where they lie, so an op may write into its inputs."""
 
     def __init__(
-        self, op: str, inputs: Mapping[str, Array | None], outputs: Mapping[str, str], threads: int = 2, **attributes: Any
+        self,
+        op: str,
+        inputs: Mapping[str, Array | None],
+        outputs: Mapping[str, str],
+        threads: int = 2,
+        **attributes: Any,
     ) -> None:
         names = [name if array is not None else "" for name, array in inputs.items()]
         node = helper.make_node(op, names, list(outputs), domain="edge", **attributes)
@@ -126,5 +131,3 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding of [..., head_dim] by halves."""
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-
-

@@ -182,7 +182,13 @@ class Attention:
     def inputs(self, first: int, last: int, cache: list[Array], first_row: int) -> dict[str, Array | None]:
         tokens = slice(first, last)
         rows = np.array([first_row, last, first_row], np.int64)
-        named = {"x": self.x[tokens], "norms": self.norms, "cos": self.cos[tokens], "sin": self.sin[tokens], "rows": rows}
+        named = {
+            "x": self.x[tokens],
+            "norms": self.norms,
+            "cos": self.cos[tokens],
+            "sin": self.sin[tokens],
+            "rows": rows,
+        }
         return named | {f"cache_{i}": array for i, array in enumerate(cache)}
 
     def expected(self) -> Array:
@@ -333,7 +339,15 @@ def test_wrong_attention_is_an_error_with_its_reason(changed: dict[str, Array], 
 
 def test_more_kv_heads_than_arrays_is_an_error() -> None:
     with pytest.raises(Exception, match="CachedAttention: .*keys and values are due for each KV head"):
-        run("CachedAttention", attention_inputs(x=random(4, 96)), FLOAT, num_heads=2, num_kv_heads=2, window=0, epsilon=1e-6)
+        run(
+            "CachedAttention",
+            attention_inputs(x=random(4, 96)),
+            FLOAT,
+            num_heads=2,
+            num_kv_heads=2,
+            window=0,
+            epsilon=1e-6,
+        )
 
 
 def test_no_rows_are_no_work() -> None:

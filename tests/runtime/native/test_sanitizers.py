@@ -27,7 +27,16 @@ def test_ops_keep_within_bounds(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "EDGE_TEST_OPS_LIBRARY": str(library),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_ops.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).parent / "test_ops.py"),
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SOURCES.parents[2])
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     assert " passed" in result.stdout
