@@ -43,7 +43,15 @@ POOL_BYTES = 4 * CHUNK_WEIGHTS
 # by byte: 0.5 to 1.5, of either sign, as quantized blocks have them; equal signs would shift all sums one way
 SCALES = ((0.5 + np.arange(256) / 256) * np.where(np.arange(256) % 2, 1, -1)).astype(np.float32)
 STRIDE = 0x9E3779B1  # odd and irregular: places in a pool do not repeat
-CODE = ("export/*.py", "quant/*.py", "runtime/manifest.py", "runtime/matrix_spec.py", "runtime/panels.py", "runtime/signature.py", "runtime/model_config.py")
+CODE = (
+    "export/*.py",
+    "quant/*.py",
+    "runtime/manifest.py",
+    "runtime/matrix_spec.py",
+    "runtime/panels.py",
+    "runtime/signature.py",
+    "runtime/model_config.py",
+)
 UNUSED_SECONDS = 24 * 3600.0
 _BOTH = {"vocab_size": 262_144, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512}
 _TARGET = _BOTH | {
@@ -110,7 +118,9 @@ DUMMIES = {
 }
 
 
-def dummy_artifact(dummy: DummyModel, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True) -> Path:
+def dummy_artifact(
+    dummy: DummyModel, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
+) -> Path:
     """The folder of an artifact with random weights in the user's cache; made where it is not there yet.
 
     Raises:
@@ -144,7 +154,9 @@ def write_dummy(
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
         (target / TOKENIZER).write_text(json.dumps(_tokenizer(dummy.target["vocab_size"])), encoding="utf-8")
-        export_artifact(_source(dummy, target, assistant), destination, recipe, layout=layout, show_progress=show_progress)
+        export_artifact(
+            _source(dummy, target, assistant), destination, recipe, layout=layout, show_progress=show_progress
+        )
 
 
 def _source(dummy: DummyModel, target: Path, assistant: Path) -> Source:

@@ -64,7 +64,9 @@ class LayerEmitter:
             gathered = graph.node("Gather", [rows, groups], axis=0)
             gathered = gathered if stored.form.bits == 32 else graph.node("Cast", [gathered], to=FLOAT)
             return graph.reshape(gathered, [-1, stored.width])
-        scales = graph.node("Cast", [graph.external(f"{weight.name}.scales", stored.scales.folded(num_groups))], to=FLOAT)
+        scales = graph.node(
+            "Cast", [graph.external(f"{weight.name}.scales", stored.scales.folded(num_groups))], to=FLOAT
+        )
         gathered = graph.node(
             "GatherBlockQuantized",
             [rows, groups, scales],

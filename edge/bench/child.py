@@ -18,9 +18,9 @@ from edge.bench.drafting import GREEDY
 from edge.bench.opened import OpenedArtifact
 from edge.command import EXIT_INTERRUPTED, run_command
 from profiles import DeviceProfile
+from runtime.drafting import DraftCounts
 from runtime.engine import Runtime
 from runtime.errors import EdgeError
-from runtime.generation import DraftCounts
 from runtime.manifest import Manifest
 from runtime.memory import MemoryUsage, PeakMemory, memory_usage
 from runtime.tokenizer import Tokenizer

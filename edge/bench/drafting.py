@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge.bench.opened import OpenedArtifact, TokenIds, prefer, session_clock
-from runtime.generation import DraftCounts, Drafter, Target
+from runtime.drafting import DraftCounts, Drafter
+from runtime.generation import Target
 from runtime.sampling import SamplingParams
 from runtime.target import Forward
 

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from runtime.drafting import DraftCounts, Drafter
 from runtime.engine import Runtime
-from runtime.generation import DraftCounts, Drafter, Request, Target, generate_blocks
+from runtime.generation import Request, Target, generate_blocks
 from runtime.sampling import SamplingParams
 from runtime.target import Forward
 
