@@ -12,7 +12,7 @@ constexpr int kMaxQueryRows = 16;  // queries of one attention tile: (token, hea
 
 // Rows of activations, quantized to int8 with a scale for each row and block and interleaved as `multiply` reads them.
 struct QuantizedTile {
-    int32_t* words;    // [padded_width / 4][num_rows] by default: 4 codes of a row; an instruction set may order them otherwise
+    int32_t* words;    // [padded_width / 4][num_rows]: 4 codes of a row; in a block an instruction set may reorder them
     float* scales;     // [num_blocks][num_rows]
     int32_t* offsets;  // [num_blocks][num_rows]: -middle * sum of the block's codes
 };
@@ -63,13 +63,14 @@ struct Kernels {
     void (*attend)(const AttentionSegment& segment, float* scores, const AttentionState& result);
     // state += other, as if their keys had been one list.
     void (*merge)(const AttentionState& state, const AttentionState& other, int head_dim, int num_query_lanes);
-    // Largest value of x and whether there is a NaN.
-    bool (*any_above)(const float* x, int count, float limit);  // some x > limit or NaN
+    // Whether some x is above the limit or NaN.
+    bool (*any_above)(const float* x, int count, float limit);
 };
 
 // Null where the library was built for another architecture.
 extern const Kernels* const kAvx512Vnni;
 extern const Kernels* const kAvxVnni;
+extern const Kernels* const kAvx512Vnni256;  // kAvxVnni in another encoding: only where it is forced
 extern const Kernels* const kAvx2;
 extern const Kernels* const kNeonI8mm;
 extern const Kernels* const kNeonDotprod;
@@ -79,5 +80,7 @@ extern const Kernels* const kScalar;
 const Kernels& kernels();
 // Forces one by name, null for the best; false where this build or processor has it not.
 bool force_kernels(const char* name);
+// All that this processor runs, from 0 on; null behind the last.
+const Kernels* runnable_kernels(int index);
 
 }  // namespace edge

@@ -1,15 +1,17 @@
 // AVX-512 with VNNI: server and desktop x86 since Ice Lake and Zen 4.
+#include <cmath>
+#include <cstring>
+
 #include "kernels.hpp"
+#include "target.hpp"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #include <immintrin.h>
 
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #include "row_kernels.hpp"
 #include "vec_avx2.hpp"
 #include "vec_avx512.hpp"
-
-#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
@@ -85,10 +87,11 @@ inline void add_products(__m512i (&sums)[2][ROWS], __m512i weights0, __m512i wei
 template <int ROWS>
 inline void add_sub_block_of_4_bits(__m512i (&sums)[2][ROWS], const uint8_t* panel, const int32_t* words) {
     const __m512i low_nibbles = _mm512_set1_epi8(15);
-#pragma GCC unroll 4
-    for (int word = 0; word < kSubBlock / 8; word++) {
+    UNROLL for (int word = 0; word < kSubBlock / 8; word++) {
         __m512i weights0 = _mm512_load_si512(panel + word * 128), weights1 = _mm512_load_si512(panel + word * 128 + 64);
+#if !defined(__clang__)
         asm("" : "+v"(weights0), "+v"(weights1));  // keeps each a single load, not one for either nibble
+#endif
         add_products(sums, _mm512_and_si512(weights0, low_nibbles), _mm512_and_si512(weights1, low_nibbles),
                      words + 2 * word * ROWS);
         add_products(sums, _mm512_and_si512(_mm512_srli_epi16(weights0, 4), low_nibbles),
@@ -98,8 +101,7 @@ inline void add_sub_block_of_4_bits(__m512i (&sums)[2][ROWS], const uint8_t* pan
 
 template <int ROWS>
 inline void add_sub_block_of_8_bits(__m512i (&sums)[2][ROWS], const uint8_t* panel, const int32_t* words) {
-#pragma GCC unroll 8
-    for (int word = 0; word < kSubBlock / 4; word++)
+    UNROLL for (int word = 0; word < kSubBlock / 4; word++)
         add_products(sums, _mm512_load_si512(panel + word * 128), _mm512_load_si512(panel + word * 128 + 64),
                      words + word * ROWS);
 }
@@ -195,6 +197,7 @@ constexpr edge::Kernels table = {
 };
 
 }  // namespace
+END_TARGET
 
 const edge::Kernels* const edge::kAvx512Vnni = &table;
 #else

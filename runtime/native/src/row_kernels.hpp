@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "target.hpp"
 
 namespace {
 
@@ -108,7 +109,7 @@ inline float inverse_rms(const float* x, int size, float epsilon) {
         const auto part = load_part<V>(x + i, size - i);
         squares = V::fma(part, part, squares);
     }
-    return 1.0f / std::sqrt(V::sum(squares) / float(size) + epsilon);
+    return 1.0f / __builtin_sqrtf(V::sum(squares) / float(size) + epsilon);
 }
 
 template <class V>
@@ -159,8 +160,7 @@ inline void score_keys(const AttentionSegment& s, int key, int lane, float* scor
     for (int k = 0; k < KEYS; k++) sums[k] = V::set(0.0f);
     for (int d = 0; d < s.head_dim; d++) {
         const auto query = V::load(s.queries + size_t(d) * size_t(s.num_query_lanes) + lane);
-#pragma GCC unroll 8
-        for (int k = 0; k < KEYS; k++) sums[k] = V::fma(V::set(rows[size_t(k) * size_t(s.head_dim) + d]), query, sums[k]);
+        UNROLL for (int k = 0; k < KEYS; k++) sums[k] = V::fma(V::set(rows[size_t(k) * size_t(s.head_dim) + d]), query, sums[k]);
     }
     for (int k = 0; k < KEYS; k++) V::store(scores + size_t(key + k) * size_t(s.num_query_lanes) + lane, sums[k]);
 }
@@ -175,8 +175,7 @@ inline void add_values(const AttentionSegment& s, int first_key, int last_key, i
     for (int key = first_key; key < last_key; key++) {
         const auto weight = V::load(weights + size_t(key) * lanes + lane);
         const float* row = s.values + size_t(key) * size_t(s.head_dim) + dim;
-#pragma GCC unroll 16
-        for (int d = 0; d < DIMS; d++) sums[d] = V::fma(V::set(row[d]), weight, sums[d]);
+        UNROLL for (int d = 0; d < DIMS; d++) sums[d] = V::fma(V::set(row[d]), weight, sums[d]);
     }
     for (int d = 0; d < DIMS; d++) V::store(output + size_t(dim + d) * lanes + lane, sums[d]);
 }

@@ -1,0 +1,41 @@
+// AVX-VNNI: x86 without AVX-512 since Alder Lake and Sierra Forest.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.hpp"
+#include "target.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+BEGIN_TARGET("avx2,fma,f16c,avxvnni")
+#include "products_vnni.hpp"
+
+namespace {
+
+struct Dot {
+    static __m256i add(__m256i sums, __m256i weights, __m256i x) { return _mm256_dpbusd_avx_epi32(sums, weights, x); }
+};
+
+constexpr edge::Kernels table = {
+    "avxvnni",
+    8,
+    5,
+    quantize,
+    multiply<VnniProducts<Dot>>,
+    gelu_multiply<Vec8>,
+    softcap<Vec8>,
+    norm_add<Vec8>,
+    norm_rotate<Vec8>,
+    attend<Vec8, 8, 8>,
+    merge<Vec8>,
+    any_above<Vec8>,
+};
+
+}  // namespace
+END_TARGET
+
+const edge::Kernels* const edge::kAvxVnni = &table;
+#else
+const edge::Kernels* const edge::kAvxVnni = nullptr;
+#endif

@@ -1,0 +1,47 @@
+// NEON with dot products (sdot): Arm since Cortex-A75, A55 and Apple A11.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.hpp"
+#include "target.hpp"
+
+// clang before 16 declares these instructions only where the whole build has them
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
+#include <arm_neon.h>
+
+BEGIN_TARGET(NEON_DOTPROD)
+#include "kernels_neon.hpp"
+
+namespace {
+
+struct Dot {
+    static constexpr bool centered_8_bits = true;
+
+    template <int LANE>
+    static inline int32x4_t add(int32x4_t sums, uint8x16_t weights, int8x16_t x) {
+        return vdotq_laneq_s32(sums, vreinterpretq_s8_u8(weights), x, LANE);
+    }
+};
+
+constexpr edge::Kernels table = {
+    "neon-dotprod",
+    8,
+    8,
+    quantize<false>,
+    multiply<DotProducts<Dot>, DotProducts<Dot>>,
+    gelu_multiply<Vec4>,
+    softcap<Vec4>,
+    norm_add<Vec4>,
+    norm_rotate<Vec4>,
+    attend<Pair<Vec4>, 8, 8>,
+    merge<Vec4>,
+    any_above<Vec4>,
+};
+
+}  // namespace
+END_TARGET
+
+const edge::Kernels* const edge::kNeonDotprod = &table;
+#else
+const edge::Kernels* const edge::kNeonDotprod = nullptr;
+#endif

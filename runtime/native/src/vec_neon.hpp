@@ -1,0 +1,54 @@
+// 4 lanes of NEON, and 8 as a pair: then one element of a key serves two registers of queries.
+#pragma once
+#include <arm_neon.h>
+
+#include "target.hpp"
+
+namespace {
+
+struct Vec4 {
+    using T = float32x4_t;
+    static constexpr int lanes = 4;
+    static T load(const float* p) { return vld1q_f32(p); }
+    static void store(float* p, T a) { vst1q_f32(p, a); }
+    static T set(float a) { return vdupq_n_f32(a); }
+    static T add(T a, T b) { return vaddq_f32(a, b); }
+    static T sub(T a, T b) { return vsubq_f32(a, b); }
+    static T mul(T a, T b) { return vmulq_f32(a, b); }
+    static T div(T a, T b) { return vdivq_f32(a, b); }
+    static T fma(T a, T b, T c) { return vfmaq_f32(c, a, b); }
+    static T max(T a, T b) { return vmaxq_f32(a, b); }
+    static T min(T a, T b) { return vminq_f32(a, b); }
+    static T round(T a) { return vrndnq_f32(a); }
+    static T power_of_two(T n) {
+        return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+    }
+    static T choose(T x, T low, T high, T value, T other) {
+        return vbslq_f32(vandq_u32(vcleq_f32(low, x), vcleq_f32(x, high)), value, other);
+    }
+    static float sum(T a) { return vaddvq_f32(a); }
+    static bool any_above(T a, T limit) { return vminvq_u32(vcleq_f32(a, limit)) == 0; }
+};
+
+template <class V>
+struct Pair {
+    struct T {
+        typename V::T a, b;
+    };
+    static constexpr int lanes = 2 * V::lanes;
+    static T load(const float* p) { return {V::load(p), V::load(p + V::lanes)}; }
+    static void store(float* p, T x) { V::store(p, x.a), V::store(p + V::lanes, x.b); }
+    static T set(float x) { return {V::set(x), V::set(x)}; }
+    static T add(T x, T y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
+    static T sub(T x, T y) { return {V::sub(x.a, y.a), V::sub(x.b, y.b)}; }
+    static T mul(T x, T y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
+    static T fma(T x, T y, T z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
+    static T max(T x, T y) { return {V::max(x.a, y.a), V::max(x.b, y.b)}; }
+    static T round(T x) { return {V::round(x.a), V::round(x.b)}; }
+    static T power_of_two(T n) { return {V::power_of_two(n.a), V::power_of_two(n.b)}; }
+    static T choose(T x, T low, T high, T value, T other) {
+        return {V::choose(x.a, low.a, high.a, value.a, other.a), V::choose(x.b, low.b, high.b, value.b, other.b)};
+    }
+};
+
+}  // namespace
