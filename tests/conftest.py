@@ -63,7 +63,8 @@ def tiny_artifact(
         pair = tiny_checkpoint(shape)
         folder = tmp_path_factory.mktemp(f"{shape}-{bits}") / "artifact"
         recipe = make_recipe(bits, activations=activations)  # type: ignore[arg-type]
-        export_artifact(open_source(pair.target, pair.assistant), folder, recipe, show_progress=False)
+        source = open_source(pair.target, pair.assistant)
+        export_artifact(source, folder, recipe, layout="portable", show_progress=False)
         return folder
 
     return make

@@ -21,7 +21,8 @@ SAME_FILES = ("decoder.onnx", "decoder.onnx.data", "token_table.bin", "ple_table
 
 def assert_same_artifact(checkpoint: Path, artifact: Path) -> None:
     made = checkpoint.parent / "made"
-    export_artifact(open_source(checkpoint, None), made, make_recipe(BITS), show_progress=False)
+    source = open_source(checkpoint, None)
+    export_artifact(source, made, make_recipe(BITS), layout="portable", show_progress=False)
     for name in SAME_FILES:
         assert (made / name).read_bytes() == (artifact / name).read_bytes(), name
 

@@ -122,7 +122,7 @@ def out(tmp_path: Path) -> Path:
 def exporting(tiny_checkpoint: Callable[[str], Any], out: Path) -> list[object]:
     """Arguments of an export to `out`."""
     pair = tiny_checkpoint(SHAPE)
-    return [pair.target, out, "--drafter", pair.assistant, "--bits", 4]
+    return [pair.target, out, "--drafter", pair.assistant, "--bits", 4, "--layout", "portable"]
 
 
 @pytest.fixture

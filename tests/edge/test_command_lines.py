@@ -228,7 +228,7 @@ def test_an_export_in_a_process_of_its_own(  # 32: and with other hashes
     tiny_checkpoint: Callable[[str], Any], artifact: Path, tmp_path: Path
 ) -> None:
     pair = tiny_checkpoint(SHAPE[0])
-    arguments = [pair.target, tmp_path / "out", "--drafter", pair.assistant, "--bits", SHAPE[1]]
+    arguments = [pair.target, tmp_path / "out", "--drafter", pair.assistant, "--layout", "portable"]
     code, out, err = finish(start(arguments, "export_cli", stdout=subprocess.PIPE, env={"PYTHONHASHSEED": "7"}))
     assert (code, err) == (0, "")
     assert out.endswith(" MB, 4 bits, portable, with drafter\n")

@@ -9,7 +9,7 @@ from quant.recipe import make_recipe
 from runtime.manifest import read_manifest
 from tests.commands import Capture, assert_fails, contents, run
 from tests.faulty import Pair
-from tests.layouts import ExportBoth, native_graphs
+from tests.layouts import ExportBoth
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,7 @@ def test_recipes_that_have_the_native_layout(recipe: dict[str, object], allowed:
     ],
 )
 def test_native_where_the_recipe_allows_it(pair: Pair, options: list[str], layout: str) -> None:
-    with native_graphs():
-        assert pair.export(*options) == 0
+    assert pair.export(*options) == 0
     assert f", {layout}, without drafter" in pair.capture.readouterr().out
     manifest = read_manifest(pair.out)
     assert manifest.layout == layout
@@ -66,8 +65,7 @@ def test_native_where_there_is_none(pair: Pair, options: list[str], found: str) 
         "--layout native: only 4- and 8-bit weights in blocks of a multiple of 32 with int8 activations have it, "
         f"this is {found}; change that or export with --layout portable"
     )
-    with native_graphs():
-        pair.refused(match, "--layout", "native", *options)
+    pair.refused(match, "--layout", "native", *options)
 
 
 def test_a_layout_that_is_none(pair: Pair) -> None:

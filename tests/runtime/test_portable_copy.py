@@ -25,7 +25,7 @@ PROMPT = ["--prompt-ids", "2,5,7", "--max-tokens", "3", "--temperature", "0"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache of the test's own, on a machine that cannot run the native operators."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine, "native_is_usable", lambda: False)
+    monkeypatch.setattr(engine.native, "unusable_because", lambda: "for a test")
     return tmp_path / "cache" / "gemma-edge"
 
 
@@ -36,7 +36,7 @@ def artifact(both_layouts: ExportBoth, tmp_path: Path) -> Path:
 
 
 def copied(folder: Path) -> Path:
-    return portable_copy.portable_copy(folder, read_manifest(folder))
+    return portable_copy.portable_copy(folder, read_manifest(folder), "for a test")
 
 
 def generate(folder: Path, profile: DeviceProfile) -> list[int]:
@@ -62,7 +62,7 @@ def test_a_native_artifact_generates_as_its_portable_twin(
 def test_operators_that_can_be_used_need_no_copy(
     artifact: Path, one_thread: DeviceProfile, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "native_is_usable", lambda: True)
+    monkeypatch.setattr(engine.native, "unusable_because", lambda: None)
     monkeypatch.setattr(engine, "_open", lambda *opened: opened)
     assert Runtime.load(artifact, profile=one_thread)._loaded[0] == artifact  # type: ignore[index]  # see `_open` above
     assert not (cache / "portable").exists()
