@@ -34,8 +34,8 @@ inline __m128i order_codes(__m128i codes, int bits) {
     return bits == 8 ? codes : _mm_shuffle_epi8(codes, even_and_odd);
 }
 
-void quantize_block(const float* row, int block, const MatrixShape& shape, int32_t* words, int word_stride, float* scale,
-                    int32_t* offset) {
+void quantize_block(const float* row, int block, const MatrixShape& shape, int32_t* words, int word_stride,
+                    float* scale, int32_t* offset) {
     const int start = block * shape.block_size, stop = start + shape.block_size;
     __m512 largest_lanes = _mm512_setzero_ps(), poison_lanes = _mm512_setzero_ps();
     for (int k = start; k < stop; k += 16) {
@@ -62,8 +62,8 @@ void quantize_block(const float* row, int block, const MatrixShape& shape, int32
     *offset = -shape.middle() * _mm512_reduce_add_epi32(sum);
 }
 
-void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape& shape, int first_block, int last_block,
-              const QuantizedTile& tile) {
+void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape& shape, int first_block,
+              int last_block, const QuantizedTile& tile) {
     for (int row = 0; row < num_rows; row++) {
         for (int block = first_block; block < last_block; block++) {
             const size_t place = size_t(block) * size_t(num_rows) + size_t(row);
@@ -111,7 +111,8 @@ template <int ROWS>
 inline void read_ahead(const uint8_t* panel, size_t bytes) {
     constexpr size_t kDistance = 4096;
     if (ROWS < 3) return;
-    for (size_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(panel) + line + kDistance, _MM_HINT_T0);
+    for (size_t line = 0; line < bytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(panel) + line + kDistance, _MM_HINT_T0);
 }
 
 template <int ROWS, int BITS>
