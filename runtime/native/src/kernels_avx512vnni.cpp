@@ -99,10 +99,19 @@ inline void add_sub_block_of_4_bits(__m512i (&sums)[2][ROWS], const uint8_t* pan
     }
 }
 
+// 64 bytes of a panel. For one row of 8 bits, where nothing is to be done but to load, in halves: measured on Zen 4,
+// memory then gives a quarter more.
+template <int ROWS>
+inline __m512i load_line(const uint8_t* line) {
+    if (ROWS > 1) return _mm512_load_si512(line);
+    const auto* halves = reinterpret_cast<const __m256i*>(line);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256(halves)), _mm256_load_si256(halves + 1), 1);
+}
+
 template <int ROWS>
 inline void add_sub_block_of_8_bits(__m512i (&sums)[2][ROWS], const uint8_t* panel, const int32_t* words) {
     UNROLL for (int word = 0; word < kSubBlock / 4; word++)
-        add_products(sums, _mm512_load_si512(panel + word * 128), _mm512_load_si512(panel + word * 128 + 64),
+        add_products(sums, load_line<ROWS>(panel + word * 128), load_line<ROWS>(panel + word * 128 + 64),
                      words + word * ROWS);
 }
 
