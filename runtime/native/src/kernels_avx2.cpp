@@ -90,7 +90,7 @@ constexpr edge::Kernels table = {
     softcap<Vec8>,
     norm_add<Vec8>,
     norm_rotate<Vec8>,
-    attend<Vec8, 8, 8>,
+    attend_tile,
     merge<Vec8>,
     any_above<Vec8>,
 };

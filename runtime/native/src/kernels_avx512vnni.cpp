@@ -34,8 +34,8 @@ inline __m128i order_codes(__m128i codes, int bits) {
     return bits == 8 ? codes : _mm_shuffle_epi8(codes, even_and_odd);
 }
 
-void quantize_block(const float* row, int block, const MatrixShape& shape, int32_t* words, int word_stride, float* scale,
-                    int32_t* offset) {
+void quantize_block(const float* row, int block, const MatrixShape& shape, int32_t* words, int word_stride,
+                    float* scale, int32_t* offset) {
     const int start = block * shape.block_size, stop = start + shape.block_size;
     __m512 largest_lanes = _mm512_setzero_ps(), poison_lanes = _mm512_setzero_ps();
     for (int k = start; k < stop; k += 16) {
@@ -62,8 +62,8 @@ void quantize_block(const float* row, int block, const MatrixShape& shape, int32
     *offset = -shape.middle() * _mm512_reduce_add_epi32(sum);
 }
 
-void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape& shape, int first_block, int last_block,
-              const QuantizedTile& tile) {
+void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape& shape, int first_block,
+              int last_block, const QuantizedTile& tile) {
     for (int row = 0; row < num_rows; row++) {
         for (int block = first_block; block < last_block; block++) {
             const size_t place = size_t(block) * size_t(num_rows) + size_t(row);
@@ -99,10 +99,19 @@ inline void add_sub_block_of_4_bits(__m512i (&sums)[2][ROWS], const uint8_t* pan
     }
 }
 
+// 64 bytes of a panel. For one row of 8 bits, where nothing is to be done but to load, in halves: measured on Zen 4,
+// memory then gives a quarter more.
+template <int ROWS>
+inline __m512i load_line(const uint8_t* line) {
+    if (ROWS > 1) return _mm512_load_si512(line);
+    const auto* halves = reinterpret_cast<const __m256i*>(line);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256(halves)), _mm256_load_si256(halves + 1), 1);
+}
+
 template <int ROWS>
 inline void add_sub_block_of_8_bits(__m512i (&sums)[2][ROWS], const uint8_t* panel, const int32_t* words) {
     UNROLL for (int word = 0; word < kSubBlock / 4; word++)
-        add_products(sums, _mm512_load_si512(panel + word * 128), _mm512_load_si512(panel + word * 128 + 64),
+        add_products(sums, load_line<ROWS>(panel + word * 128), load_line<ROWS>(panel + word * 128 + 64),
                      words + word * ROWS);
 }
 
@@ -111,7 +120,8 @@ template <int ROWS>
 inline void read_ahead(const uint8_t* panel, size_t bytes) {
     constexpr size_t kDistance = 4096;
     if (ROWS < 3) return;
-    for (size_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(panel) + line + kDistance, _MM_HINT_T0);
+    for (size_t line = 0; line < bytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(panel) + line + kDistance, _MM_HINT_T0);
 }
 
 template <int ROWS, int BITS>

@@ -69,8 +69,8 @@ void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape
     for (size_t row = 0; row < rows; row++) {
         for (int block = first_block; block < last_block; block++) {
             const size_t place = size_t(block) * rows + row;
-            int32_t* words = tile.words + size_t(block) * size_t(shape.block_size / 4) * rows;
-            quantize_block(x + row * row_stride, block, shape, words + (PAIRED ? 2 * row : row), PAIRED ? 1 : rows, rows,
+            const size_t first_word = size_t(block) * size_t(shape.block_size / 4) * rows + (PAIRED ? 2 * row : row);
+            quantize_block(x + row * row_stride, block, shape, tile.words + first_word, PAIRED ? 1 : rows, rows,
                            tile.scales + place, tile.offsets + place);
         }
     }

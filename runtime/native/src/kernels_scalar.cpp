@@ -17,8 +17,8 @@ using edge::QuantizedTile;
 int word_of(int bits, int k) { return bits == 8 ? k / 4 : k / 8 * 2 + k % 2; }
 int byte_of(int bits, int k) { return bits == 8 ? k % 4 : k % 8 / 2; }
 
-void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape& shape, int first_block, int last_block,
-              const QuantizedTile& tile) {
+void quantize(const float* x, size_t row_stride, int num_rows, const MatrixShape& shape, int first_block,
+              int last_block, const QuantizedTile& tile) {
     for (int row = 0; row < num_rows; row++) {
         for (int block = first_block; block < last_block; block++) {
             const float* values = x + size_t(row) * row_stride;

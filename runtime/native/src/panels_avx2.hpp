@@ -1,4 +1,4 @@
-// Quantizing and multiplying panels with 256-bit registers, written once over how products are summed.
+// Quantizing, multiplying panels and attention with 256-bit registers, written once over how products are summed.
 //
 // P sums the products of one sub-block: P::add_4_bits and P::add_8_bits on sums[groups of 8 panel rows][rows of x],
 // P::groups(rows) of such groups at once.
@@ -45,8 +45,8 @@ inline float max_of_lanes(__m256 a) {
     return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
-void quantize_block(const float* row, int block, const MatrixShape& shape, int32_t* words, int word_stride, float* scale,
-                    int32_t* offset) {
+void quantize_block(const float* row, int block, const MatrixShape& shape, int32_t* words, int word_stride,
+                    float* scale, int32_t* offset) {
     const int start = block * shape.block_size, stop = start + shape.block_size;
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 largest_lanes = _mm256_setzero_ps(), poison_lanes = _mm256_setzero_ps();
@@ -160,6 +160,12 @@ template <class P>
 void multiply(const uint8_t* panel, const MatrixShape& shape, const QuantizedTile& tile, int num_rows, float* y) {
     if (shape.bits == 4) multiply_bits<P, 4>(panel, shape, tile, num_rows, y);
     else multiply_bits<P, 8>(panel, shape, tile, num_rows, y);
+}
+
+// 16 queries as pairs of registers: one broadcast of a key's element then serves two of them.
+void attend_tile(const AttentionSegment& segment, float* scores, const AttentionState& result) {
+    if (segment.num_query_lanes == 8) attend<Vec8, 12, 12>(segment, scores, result);
+    else attend<Pair<Vec8>, 6, 6, 2>(segment, scores, result);
 }
 
 }  // namespace

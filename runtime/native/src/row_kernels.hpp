@@ -15,6 +15,28 @@ using edge::AttentionSegment;
 using edge::AttentionState;
 using edge::kMaxQueryRows;
 
+// Two registers as one vector: then one element of a key serves two registers of queries.
+template <class V>
+struct Pair {
+    struct T {
+        typename V::T a, b;
+    };
+    static constexpr int lanes = 2 * V::lanes;
+    static T load(const float* p) { return {V::load(p), V::load(p + V::lanes)}; }
+    static void store(float* p, T x) { V::store(p, x.a), V::store(p + V::lanes, x.b); }
+    static T set(float x) { return {V::set(x), V::set(x)}; }
+    static T add(T x, T y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
+    static T sub(T x, T y) { return {V::sub(x.a, y.a), V::sub(x.b, y.b)}; }
+    static T mul(T x, T y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
+    static T fma(T x, T y, T z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
+    static T max(T x, T y) { return {V::max(x.a, y.a), V::max(x.b, y.b)}; }
+    static T round(T x) { return {V::round(x.a), V::round(x.b)}; }
+    static T power_of_two(T n) { return {V::power_of_two(n.a), V::power_of_two(n.b)}; }
+    static T choose(T x, T low, T high, T value, T other) {
+        return {V::choose(x.a, low.a, high.a, value.a, other.a), V::choose(x.b, low.b, high.b, value.b, other.b)};
+    }
+};
+
 constexpr float kEmptyScore = -1e30f;  // below any score; finite, so that differences of two are numbers
 
 // Up to V::lanes floats; the rest of the vector is zero.
@@ -160,12 +182,13 @@ inline void score_keys(const AttentionSegment& s, int key, int lane, float* scor
     for (int k = 0; k < KEYS; k++) sums[k] = V::set(0.0f);
     for (int d = 0; d < s.head_dim; d++) {
         const auto query = V::load(s.queries + size_t(d) * size_t(s.num_query_lanes) + lane);
-        UNROLL for (int k = 0; k < KEYS; k++) sums[k] = V::fma(V::set(rows[size_t(k) * size_t(s.head_dim) + d]), query, sums[k]);
+        UNROLL for (int k = 0; k < KEYS; k++)
+            sums[k] = V::fma(V::set(rows[size_t(k) * size_t(s.head_dim) + d]), query, sums[k]);
     }
     for (int k = 0; k < KEYS; k++) V::store(scores + size_t(key + k) * size_t(s.num_query_lanes) + lane, sums[k]);
 }
 
-// output[d][lane] += weight[key][lane] * value[key][d], for DIMS dimensions at a time: one cache line of each value row.
+// output[d][lane] += weight[key][lane] * value[key][d], for DIMS dimensions at a time.
 template <class V, int DIMS>
 inline void add_values(const AttentionSegment& s, int first_key, int last_key, int dim, int lane, const float* weights,
                        float* output) {
@@ -197,14 +220,16 @@ inline typename V::T mask_and_find_largest(const AttentionSegment& s, int lane, 
     return largest;
 }
 
-// V is as wide as it divides num_query_lanes. DIMS values and KEYS keys stay in registers.
-template <class V, int KEYS, int DIMS>
+// V is as wide as it divides num_query_lanes. KEYS keys and DIMS dimensions stay in registers, enough of them that
+// their sums hide each other's latency; what is left over goes TAIL at a time. None of them changes a result.
+template <class V, int KEYS, int DIMS, int TAIL = 4>
 void attend(const AttentionSegment& s, float* scores, const AttentionState& result) {
     constexpr int kKeysAtOnce = 32;  // value rows that stay in the nearest cache while all their dimensions are added
     const size_t lanes = size_t(s.num_query_lanes);
     for (int lane = 0; lane < s.num_query_lanes; lane += V::lanes) {
         int key = 0;
         for (; key + KEYS <= s.num_keys; key += KEYS) score_keys<V, KEYS>(s, key, lane, scores);
+        for (; key + TAIL <= s.num_keys; key += TAIL) score_keys<V, TAIL>(s, key, lane, scores);
         for (; key < s.num_keys; key++) score_keys<V, 1>(s, key, lane, scores);
         const auto largest = mask_and_find_largest<V>(s, lane, scores);
         auto sum = V::set(0.0f);
@@ -219,9 +244,11 @@ void attend(const AttentionSegment& s, float* scores, const AttentionState& resu
         for (int d = 0; d < s.head_dim; d++) V::store(result.output + size_t(d) * lanes + lane, V::set(0.0f));
         for (int first = 0; first < s.num_keys; first += kKeysAtOnce) {
             const int last = first + kKeysAtOnce < s.num_keys ? first + kKeysAtOnce : s.num_keys;
+            float* sums = result.output;
             int dim = 0;
-            for (; dim + DIMS <= s.head_dim; dim += DIMS) add_values<V, DIMS>(s, first, last, dim, lane, scores, result.output);
-            for (; dim < s.head_dim; dim++) add_values<V, 1>(s, first, last, dim, lane, scores, result.output);
+            for (; dim + DIMS <= s.head_dim; dim += DIMS) add_values<V, DIMS>(s, first, last, dim, lane, scores, sums);
+            for (; dim + TAIL <= s.head_dim; dim += TAIL) add_values<V, TAIL>(s, first, last, dim, lane, scores, sums);
+            for (; dim < s.head_dim; dim++) add_values<V, 1>(s, first, last, dim, lane, scores, sums);
         }
     }
 }

@@ -1,4 +1,4 @@
-// 4 lanes of NEON, and 8 as a pair: then one element of a key serves two registers of queries.
+// 4 lanes of NEON.
 #pragma once
 #include <arm_neon.h>
 
@@ -28,27 +28,6 @@ struct Vec4 {
     }
     static float sum(T a) { return vaddvq_f32(a); }
     static bool any_above(T a, T limit) { return vminvq_u32(vcleq_f32(a, limit)) == 0; }
-};
-
-template <class V>
-struct Pair {
-    struct T {
-        typename V::T a, b;
-    };
-    static constexpr int lanes = 2 * V::lanes;
-    static T load(const float* p) { return {V::load(p), V::load(p + V::lanes)}; }
-    static void store(float* p, T x) { V::store(p, x.a), V::store(p + V::lanes, x.b); }
-    static T set(float x) { return {V::set(x), V::set(x)}; }
-    static T add(T x, T y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
-    static T sub(T x, T y) { return {V::sub(x.a, y.a), V::sub(x.b, y.b)}; }
-    static T mul(T x, T y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
-    static T fma(T x, T y, T z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
-    static T max(T x, T y) { return {V::max(x.a, y.a), V::max(x.b, y.b)}; }
-    static T round(T x) { return {V::round(x.a), V::round(x.b)}; }
-    static T power_of_two(T n) { return {V::power_of_two(n.a), V::power_of_two(n.b)}; }
-    static T choose(T x, T low, T high, T value, T other) {
-        return {V::choose(x.a, low.a, high.a, value.a, other.a), V::choose(x.b, low.b, high.b, value.b, other.b)};
-    }
 };
 
 }  // namespace
