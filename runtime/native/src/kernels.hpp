@@ -7,7 +7,7 @@
 namespace edge {
 
 constexpr int kMaxTileRows = 8;
-constexpr int kSegmentKeys = 256;  // keys of one attention segment, aligned to absolute positions
+constexpr int kSegmentKeys = 128;  // keys of one attention segment, aligned to absolute positions
 constexpr int kMaxQueryRows = 16;  // queries of one attention tile: (token, head) pairs that share a KV head
 
 // Rows of activations, quantized to int8 with a scale for each row and block and interleaved as `multiply` reads them.
@@ -63,8 +63,8 @@ struct Kernels {
     void (*attend)(const AttentionSegment& segment, float* scores, const AttentionState& result);
     // state += other, as if their keys had been one list.
     void (*merge)(const AttentionState& state, const AttentionState& other, int head_dim, int num_query_lanes);
-    // Whether some x is above the limit or NaN.
-    bool (*any_above)(const float* x, int count, float limit);
+    // The largest x, NaN where there is one.
+    float (*largest)(const float* x, int count);
 };
 
 // Null where the library was built for another architecture.

@@ -203,7 +203,7 @@ constexpr edge::Kernels table = {
     norm_rotate<Vec16>,
     attend_tile,
     merge_tile,
-    any_above<Vec16>,
+    largest_of<Vec16>,
 };
 
 }  // namespace

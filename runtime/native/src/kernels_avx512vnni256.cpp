@@ -29,7 +29,7 @@ constexpr edge::Kernels table = {
     norm_rotate<Vec8>,
     attend_tile,
     merge<Vec8>,
-    any_above<Vec8>,
+    largest_of<Vec8>,
 };
 
 }  // namespace

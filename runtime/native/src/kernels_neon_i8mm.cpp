@@ -100,7 +100,7 @@ constexpr edge::Kernels table = {
     norm_rotate<Vec4>,
     attend<Pair<Vec4>, 8, 8>,
     merge<Vec4>,
-    any_above<Vec4>,
+    largest_of<Vec4>,
 };
 
 }  // namespace

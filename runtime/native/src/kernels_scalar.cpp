@@ -98,7 +98,7 @@ constexpr edge::Kernels table = {
     norm_rotate<Vec1>,
     attend<Vec1, 4, 4>,
     merge<Vec1>,
-    any_above<Vec1>,
+    largest_of<Vec1>,
 };
 
 }  // namespace

@@ -220,6 +220,13 @@ inline typename V::T mask_and_find_largest(const AttentionSegment& s, int lane, 
     return largest;
 }
 
+// Asks for rows that are needed soon: the hardware does not foresee strides of a row.
+inline void read_ahead(const float* rows, int num_rows, int row_size) {
+    const auto* bytes = reinterpret_cast<const char*>(rows);
+    const size_t size = sizeof(float) * size_t(num_rows) * size_t(row_size);
+    for (size_t line = 0; line < size; line += 64) __builtin_prefetch(bytes + line, 0, 2);
+}
+
 // V is as wide as it divides num_query_lanes. KEYS keys and DIMS dimensions stay in registers, enough of them that
 // their sums hide each other's latency; what is left over goes TAIL at a time. None of them changes a result.
 template <class V, int KEYS, int DIMS, int TAIL = 4>
@@ -228,7 +235,13 @@ void attend(const AttentionSegment& s, float* scores, const AttentionState& resu
     const size_t lanes = size_t(s.num_query_lanes);
     for (int lane = 0; lane < s.num_query_lanes; lane += V::lanes) {
         int key = 0;
-        for (; key + KEYS <= s.num_keys; key += KEYS) score_keys<V, KEYS>(s, key, lane, scores);
+        for (; key + KEYS <= s.num_keys; key += KEYS) {
+            if (lane == 0 && key + 2 * KEYS <= s.num_keys) {
+                read_ahead(s.keys + size_t(key + KEYS) * size_t(s.head_dim), KEYS, s.head_dim);
+                read_ahead(s.values + size_t(key) * size_t(s.head_dim), KEYS, s.head_dim);
+            }
+            score_keys<V, KEYS>(s, key, lane, scores);
+        }
         for (; key + TAIL <= s.num_keys; key += TAIL) score_keys<V, TAIL>(s, key, lane, scores);
         for (; key < s.num_keys; key++) score_keys<V, 1>(s, key, lane, scores);
         const auto largest = mask_and_find_largest<V>(s, lane, scores);
@@ -272,13 +285,22 @@ void merge(const AttentionState& state, const AttentionState& other, int head_di
 }
 
 template <class V>
-bool any_above(const float* x, int count, float limit) {
+float largest_of(const float* x, int count) {
+    auto best = V::set(-INFINITY);
     int i = 0;
-    for (; i + V::lanes <= count; i += V::lanes)
-        if (V::any_above(V::load(x + i), V::set(limit))) return true;
-    for (; i < count; i++)
-        if (!(x[i] <= limit)) return true;
-    return false;
+    for (; i + V::lanes <= count; i += V::lanes) {
+        const auto part = V::load(x + i);
+        if (V::any_above(part, V::set(INFINITY))) return NAN;  // nothing else is above
+        best = V::max(best, part);
+    }
+    float lanes[V::lanes], result = -INFINITY;
+    V::store(lanes, best);
+    for (const float value : lanes) result = value > result ? value : result;
+    for (; i < count; i++) {
+        if (__builtin_isnan(x[i])) return NAN;
+        result = x[i] > result ? x[i] : result;
+    }
+    return result;
 }
 
 }  // namespace

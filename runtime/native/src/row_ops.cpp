@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 namespace edge {
@@ -9,6 +10,7 @@ namespace {
 
 constexpr int64_t kMaxValues = 1ll << 31;
 constexpr int64_t kInlineValues = 16384;  // fewer take less than handing them to other threads
+constexpr int kBlocksOfAPiece = 64;       // that a thread looks at, at least
 
 struct Candidate {
     float value;
@@ -17,44 +19,27 @@ struct Candidate {
     bool operator<(const Candidate& other) const { return value != other.value ? value > other.value : id < other.id; }
 };
 
-// The best `limit` candidates seen so far, as a heap with the worst on top.
-class Best {
-   public:
-    explicit Best(size_t limit) : limit_(limit) { heap_.reserve(limit + 1); }
+constexpr int kBlockValues = 64;  // of a row, known by their largest
 
-    void offer(const Candidate& candidate) {
-        if (heap_.size() == limit_) {
-            if (!(candidate < heap_.front())) return;
-            std::pop_heap(heap_.begin(), heap_.end());
-            heap_.pop_back();
-        }
-        heap_.push_back(candidate);
-        std::push_heap(heap_.begin(), heap_.end());
+// The k best of a row whose blocks' largest values are known: as k blocks reach the k-th largest of those, the k best
+// values do too, and only blocks that reach it are looked into. False where the row holds a NaN.
+bool select(const float* row, int64_t size, const std::vector<float>& largest, int k, float* values, int64_t* ids) {
+    std::vector<float> ordered(largest);
+    if (std::any_of(ordered.begin(), ordered.end(), [](float value) { return std::isnan(value); })) return false;
+    float bar = -INFINITY;
+    if (ordered.size() >= size_t(k)) {
+        std::nth_element(ordered.begin(), ordered.begin() + (k - 1), ordered.end(), std::greater<float>());
+        bar = ordered[size_t(k - 1)];
     }
-
-    // No candidate of this value or below gets in any more, ids only growing.
-    float bar() const { return heap_.size() < limit_ ? -INFINITY : heap_.front().value; }
-    bool is_full() const { return heap_.size() == limit_; }
-    std::vector<Candidate>& candidates() { return heap_; }
-
-   private:
-    size_t limit_;
-    std::vector<Candidate> heap_;
-};
-
-constexpr int kSliceValues = 8192;  // of a row, scanned by one thread
-constexpr int kStepValues = 64;     // looked at together
-
-// The best of one slice; false where it holds a NaN.
-bool scan(const float* logits, int first, int last, const Kernels& kernels, Best& best) {
-    for (int start = first; start < last; start += kStepValues) {
-        const int count = std::min(kStepValues, last - start);
-        if (best.is_full() && !kernels.any_above(logits + start, count, best.bar())) continue;
-        for (int i = start; i < start + count; i++) {
-            if (std::isnan(logits[i])) return false;
-            best.offer({logits[i], i});
-        }
+    std::vector<Candidate> found;
+    for (size_t block = 0; block < largest.size(); block++) {
+        if (largest[block] < bar) continue;
+        const int64_t first = int64_t(block) * kBlockValues, last = std::min(size, first + kBlockValues);
+        for (int64_t id = first; id < last; id++)
+            if (row[id] >= bar) found.push_back({row[id], id});
     }
+    std::partial_sort(found.begin(), found.begin() + k, found.end());
+    for (int i = 0; i < k; i++) values[i] = found[size_t(i)].value, ids[i] = found[size_t(i)].id;
     return true;
 }
 
@@ -98,39 +83,28 @@ void TopLogits::compute(const Context& context) const {
     if (num_rows == 0 || !values || !ids) return;
 
     const Kernels& kernels = edge::kernels();
-    const int num_slices = int((size + kSliceValues - 1) / kSliceValues);
-    const int slices_of_a_piece = std::max(1, num_slices / 4), pieces = (num_slices + slices_of_a_piece - 1) / slices_of_a_piece;
-    std::vector<Best> best(size_t(num_rows) * size_t(pieces), Best(size_t(k_)));
-    for (Best& each : best) each.candidates().reserve(size_t(k_) + 1);  // threads must not allocate
-    std::vector<char> is_number(best.size(), 1);
-    Claims claims(int(num_rows) * pieces);
-    auto work = [&] {
-        for (int first, last; claims.next(first, last);) {
-            for (int piece = first; piece < last; piece++) {
-                const int64_t row = piece / pieces, start = int64_t(piece % pieces) * slices_of_a_piece * kSliceValues;
-                const int64_t stop = std::min(size, start + int64_t(slices_of_a_piece) * kSliceValues);
-                is_number[size_t(piece)] =
-                    scan(logits.floats() + row * size, int(start), int(stop), kernels, best[size_t(piece)]);
+    const int num_blocks = int((size + kBlockValues - 1) / kBlockValues);
+    const std::vector<float> none(static_cast<size_t>(num_blocks));
+    std::vector<std::vector<float>> largest(static_cast<size_t>(num_rows), none);
+    Claims blocks(int(num_rows) * num_blocks, kBlocksOfAPiece);
+    auto find_largest = [&] {
+        for (int first, last; blocks.next(first, last);) {
+            for (int index = first; index < last; index++) {
+                const int64_t row = index / num_blocks, block = index % num_blocks, start = block * kBlockValues;
+                const int count = int(std::min<int64_t>(kBlockValues, size - start));
+                largest[size_t(row)][size_t(block)] = kernels.largest(logits.floats() + row * size + start, count);
             }
         }
     };
-    if (logits.size() <= kInlineValues) work();
-    else context.run_on_all_threads(work);
+    if (logits.size() <= kInlineValues) find_largest();
+    else context.run_on_all_threads(find_largest);
 
-    std::vector<Candidate> all;
     for (int64_t row = 0; row < num_rows; row++) {
-        all.clear();
-        bool numbers = true;
-        for (int piece = 0; piece < pieces; piece++) {
-            const size_t index = size_t(row) * size_t(pieces) + size_t(piece);
-            numbers &= is_number[index] != 0;
-            all.insert(all.end(), best[index].candidates().begin(), best[index].candidates().end());
-        }
-        if (numbers) std::partial_sort(all.begin(), all.begin() + k_, all.end());
-        for (int i = 0; i < k_; i++) {
-            values[row * k_ + i] = numbers ? all[size_t(i)].value : NAN;
-            ids[row * k_ + i] = numbers ? all[size_t(i)].id : i;
-        }
+        float* row_values = values + row * k_;
+        int64_t* row_ids = ids + row * k_;
+        if (select(logits.floats() + row * size, size, largest[size_t(row)], k_, row_values, row_ids)) continue;
+        std::fill_n(row_values, k_, NAN);
+        for (int i = 0; i < k_; i++) row_ids[i] = i;
     }
 }
 
