@@ -68,8 +68,6 @@ def _library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(str(path))
     loaded.edge_instruction_set.restype = ctypes.c_char_p
     loaded.edge_force_instruction_set.argtypes = [ctypes.c_char_p]
-    loaded.edge_read_stream.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-    loaded.edge_read_stream.restype = ctypes.c_uint64
     return loaded
 
 
@@ -83,10 +81,3 @@ def force_instruction_set(name: str | None) -> bool:
     """Forces an instruction set for the whole process, None for the best; False where this build or processor lacks it."""
     loaded = _library()
     return bool(loaded and loaded.edge_force_instruction_set(name.encode() if name else None))
-
-
-def read_stream(array: np.ndarray) -> int:
-    """Reads an array's memory once on this thread, without the interpreter's lock; returns a value of all of it."""
-    loaded = _library()
-    assert loaded is not None, "the native ops were not built"
-    return int(loaded.edge_read_stream(array.ctypes.data, array.nbytes))

@@ -1,4 +1,4 @@
-// What the shared library offers: its ops to ONNX Runtime, its choice of instruction set and a stream reader to Python.
+// What the shared library offers: its ops to ONNX Runtime, its choice of instruction set to Python.
 #include <iterator>
 
 #include "attention_op.hpp"
@@ -55,14 +55,3 @@ EDGE_EXPORT const char* edge_instruction_set() { return edge::kernels().name; }
 
 // Forces one by name, null for the best; 0 where this build or processor has it not.
 EDGE_EXPORT int edge_force_instruction_set(const char* name) { return edge::force_kernels(name); }
-
-// Reads memory once, as fast as one thread can, and returns a value that depends on all of it.
-EDGE_EXPORT uint64_t edge_read_stream(const void* memory, uint64_t bytes) {
-    const auto* words = static_cast<const uint64_t*>(memory);
-    uint64_t sums[8] = {};
-    for (uint64_t i = 0; i + 8 <= bytes / 8; i += 8)
-        for (int lane = 0; lane < 8; lane++) sums[lane] ^= words[i + uint64_t(lane)];
-    uint64_t all = 0;
-    for (const uint64_t sum : sums) all ^= sum;
-    return all;
-}

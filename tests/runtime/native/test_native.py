@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from runtime import native
@@ -59,9 +58,3 @@ def test_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs["total"] = outputs["total"] + np.float32(0.01)
     monkeypatch.setattr(native, "_run_self_test", lambda path: outputs)
     assert "self-test fails: total" in (native.unusable_because() or "")
-
-
-def test_reading_a_stream_sees_every_word() -> None:
-    words = np.arange(1, 65, dtype=np.uint64)
-    whole = native.read_stream(words)
-    assert whole == int(np.bitwise_xor.reduce(words))
