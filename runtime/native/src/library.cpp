@@ -1,4 +1,4 @@
-// What the shared library offers: its ops to ONNX Runtime, its choice of instruction set to Python.
+// What the shared library offers: its ops to ONNX Runtime, and its choice of instruction set to Python.
 #include <iterator>
 
 #include "attention_op.hpp"

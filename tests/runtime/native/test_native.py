@@ -55,6 +55,6 @@ def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = native._run_self_test(native.library_path() or Path())
-    outputs["total"] = outputs["total"] + np.float32(0.01)
+    outputs["total"] = outputs["total"] + 0.01
     monkeypatch.setattr(native, "_run_self_test", lambda path: outputs)
     assert "self-test fails: total" in (native.unusable_because() or "")
