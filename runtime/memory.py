@@ -3,8 +3,12 @@
 Source: https://docs.kernel.org/filesystems/proc.html, RssAnon, RssFile and RssShmem of /proc/self/status.
 """
 
+import ctypes
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -48,3 +52,20 @@ def memory_usage() -> MemoryUsage:
         return MemoryUsage(pages["Anon"], pages["File"] + pages["Shmem"])
     memory = psutil.Process().memory_full_info()
     return MemoryUsage(memory.uss, max(memory.rss - memory.uss, 0))
+
+
+def release_free_memory() -> None:
+    """Gives the heap's free pages back to the system, which glibc keeps; nothing where the C library is another."""
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except OSError:  # a static interpreter loads nothing
+        return None
+    return trim

@@ -137,7 +137,7 @@ MOMENTS = [
     ("export.graph:DataFile.write", 30),
     ("export.graph:Graph.save", 1),
     ("export.graph:Graph.save", 2),
-    ("export.text_files:shutil.copyfile", 1),
+    ("export.text_files:shutil.copyfile", 0),
     ("runtime.manifest:Manifest.to_bytes", 0),
     ("runtime.staging:_publish", 0),
     ("runtime.staging:_sync", 4),

@@ -1,10 +1,11 @@
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runtime import memory
-from runtime.memory import MemoryUsage, PeakMemory, memory_usage
+from runtime.memory import MemoryUsage, PeakMemory, memory_usage, release_free_memory
 
 SIZE = 50_000_000
 # the kernel counts up to 64 pages a thread late, and the test itself needs a little
@@ -58,3 +59,32 @@ def test_systems_that_do_not_say_what_is_anonymous(
     usage = memory_usage()
     assert usage.anonymous_bytes > 2**20
     assert usage.mapped_bytes >= 0
+
+
+@pytest.mark.skipif(memory._malloc_trim() is None, reason="the C library gives nothing back")
+def test_free_memory_is_given_back() -> None:
+    blocks = [bytes(10_000) for _ in range(SIZE // 10_000)]  # too small to be mapped alone
+    last = bytes(10_000)  # above them in the heap, which shrinks from its end alone
+    del blocks
+    before = memory_usage().anonymous_bytes
+    release_free_memory()
+    assert before - memory_usage().anonymous_bytes > SIZE // 2
+    assert last
+
+
+def no_library(_: None) -> object:
+    raise OSError("static")
+
+
+@pytest.mark.parametrize(
+    ("platform", "library"), [("linux", lambda _: object()), ("linux", no_library), ("win32", no_library)]
+)
+def test_a_c_library_that_gives_nothing_back(
+    platform: str, library: Callable[[None], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    monkeypatch.setattr(memory.ctypes, "CDLL", library)
+    memory._malloc_trim.cache_clear()
+    release_free_memory()
+    assert memory._malloc_trim() is None
+    memory._malloc_trim.cache_clear()
