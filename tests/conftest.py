@@ -73,6 +73,22 @@ def tiny_artifact(
 
 
 @pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """demo_artifact(bits, layout=None): the bundled pair as the export makes it, for reading only."""
+    from export.pipeline import export_artifact, open_source
+    from export.source import resolve_source
+
+    @cache
+    def make(bits: int, layout: Layout | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("demo") / f"bits{bits}"
+        source = open_source(*resolve_source("demo", None))
+        export_artifact(source, folder, make_recipe(bits), layout=layout, show_progress=False)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def both_layouts(
     tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path_factory: pytest.TempPathFactory
 ) -> ExportBoth:
