@@ -24,7 +24,7 @@ from tests.models import TinyModels, open_models
 from tests.native_artifacts import NATIVE, export_both, open_native
 
 TOLERANCE = 1e-4  # of the spread
-FLIPS = 0.02  # of the spread
+FLIPPED = 0.05  # of the spread: a step of int8 in a few activations
 NUM_STEPS = 3
 NODES_PER_LAYER = 10
 OTHER_NODES = 30  # inputs, PLE, outputs
@@ -144,10 +144,18 @@ def test_the_ops_compute_what_their_reference_does(
 ) -> None:
     native = open_tiny(shape, 4, "int8", "native")
     opened.append(open_native(tiny_artifact(shape, 4, "int8", "native")))
-    token_ids = prompt_of(native, 24)
-    found, due = (models.target.forward(token_ids, 24).logits for models in (native, opened[-1]))
-    # the order of sums differs, which now and then rounds an activation to its other neighbour in int8
-    assert np.abs(found - due).max() < FLIPS * np.ptp(due)
+    num_same = 0
+    for token_ids in np.array(prompt_of(native, 60)).reshape(20, 3).tolist():
+        results = []
+        for models in (native, opened[-1]):
+            models.target.cache.clear()
+            results.append(models.target.forward(token_ids, 1).logits.copy())
+        found, due = results
+        difference = np.abs(found - due).max() / np.ptp(due)
+        # the order of sums differs, which now and then rounds an activation to its other neighbour in int8
+        assert difference < FLIPPED
+        num_same += difference < TOLERANCE
+    assert num_same >= 15
 
 
 @needs_native
