@@ -11,8 +11,10 @@ from profiles import DeviceProfile, ProfileError, load_profile
 from runtime.engine import Runtime
 from runtime.errors import (
     ArtifactError,
+    BusyDestinationError,
     BusyError,
     ClosedError,
+    DestinationError,
     EdgeError,
     InferenceError,
     MemoryBudgetError,
@@ -23,8 +25,10 @@ from runtime.stream import Generation, GenerationStream
 
 __all__ = [
     "ArtifactError",
+    "BusyDestinationError",
     "BusyError",
     "ClosedError",
+    "DestinationError",
     "DeviceProfile",
     "EdgeError",
     "Generation",

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from runtime import native
 from runtime.draft_policy import StepCosts
 from runtime.drafting import Drafter
 from runtime.errors import InferenceError
@@ -32,7 +33,10 @@ BURST_TOKENS = 2
 OVERHEAD_SECONDS = 1e-4
 # Each token behind the first is taken to cost this share of it where widths were not measured.
 TYPICAL_SHARE = 0.12
-VERSION = 1  # of the record
+VERSION = 2  # of the record
+# A measure can be wrong, taken while the machine was busy or throttled, and nothing tells. The next load after a day
+# measures anew, for half a second: often enough that a wrong one does not stay, too rarely to be noticed.
+LASTING_SECONDS = 24 * 3600.0
 
 
 def measure_step_costs(
@@ -75,17 +79,20 @@ def measure_step_costs(
 
 
 def costs_record(cache: Path, manifest_file: Path, num_threads: int) -> Path:
-    """Where the costs of an artifact on this machine are remembered."""
+    """Where the costs of an artifact, whose layout its manifest tells, on this machine are remembered."""
     machine = (platform.node(), platform.machine(), os.cpu_count())
     manifest = hashlib.sha256(manifest_file.read_bytes()).hexdigest()
-    key = json.dumps([VERSION, manifest, num_threads, ort.__version__, *machine])
+    software = (ort.__version__, native.instruction_set(), native.library_digest())
+    key = json.dumps([VERSION, manifest, num_threads, *software, *machine])
     return cache / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def recall_costs(record: Path, has_drafter: bool) -> StepCosts | None:
-    """What was remembered; None where the record is missing or not usable."""
+def recall_costs(record: Path, has_drafter: bool, now: Callable[[], float] = time.time) -> StepCosts | None:
+    """What was remembered; None where the record is missing, too old or not usable."""
     content = recall(record)
-    verify, draft = content.get("verify_seconds"), content.get("draft_seconds")
+    verify, draft, measured = (content.get(name) for name in ("verify_seconds", "draft_seconds", "measured_at"))
+    if not _is_time(measured) or not 0 <= now() - measured <= LASTING_SECONDS:  # a clock may have been set back
+        return None
     if not isinstance(verify, list) or len(verify) != NUM_VERIFY_COSTS or not all(map(_is_time, verify)):
         return None
     if not _is_time(draft) if has_drafter else draft is not None:
@@ -93,9 +100,10 @@ def recall_costs(record: Path, has_drafter: bool) -> StepCosts | None:
     return StepCosts(tuple(verify), draft, OVERHEAD_SECONDS)
 
 
-def remember_costs(record: Path, costs: StepCosts) -> None:
+def remember_costs(record: Path, costs: StepCosts, now: Callable[[], float] = time.time) -> None:
     """Writes a record, or does nothing where the cache cannot be written."""
-    remember(record, {"verify_seconds": list(costs.verify_seconds), "draft_seconds": costs.draft_seconds})
+    content = {"verify_seconds": list(costs.verify_seconds), "draft_seconds": costs.draft_seconds}
+    remember(record, content | {"measured_at": float(now())})
 
 
 def _draft_seconds(

@@ -12,6 +12,8 @@ import pytest
 
 from profiles import DeviceProfile
 from quant.recipe import make_recipe
+from runtime.layout import Layout
+from tests.layouts import each_layout
 from tests.models import ONE_THREAD, TinyModels, open_models
 
 if TYPE_CHECKING:
@@ -55,16 +57,32 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def tiny_artifact(
     tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """tiny_artifact(shape, bits=32, activations="int8"): the folder of an artifact with drafter, for reading only."""
+    """tiny_artifact(shape, bits=32, activations="int8", layout="portable"): an artifact's folder, for reading only."""
     from export.pipeline import export_artifact, open_source
 
     @cache
-    def make(shape: str, bits: int = 32, activations: str = "int8") -> Path:
+    def make(shape: str, bits: int = 32, activations: str = "int8", layout: Layout = "portable") -> Path:
         pair = tiny_checkpoint(shape)
-        folder = tmp_path_factory.mktemp(f"{shape}-{bits}") / "artifact"
+        folder = tmp_path_factory.mktemp(f"{shape}-{bits}-{layout}") / "artifact"
         recipe = make_recipe(bits, activations=activations)  # type: ignore[arg-type]
         source = open_source(pair.target, pair.assistant)
-        export_artifact(source, folder, recipe, layout="portable", show_progress=False)
+        export_artifact(source, folder, recipe, layout=layout, show_progress=False)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """demo_artifact(bits, layout=None): the bundled pair as the export makes it, for reading only."""
+    from export.pipeline import export_artifact, open_source
+    from export.source import resolve_source
+
+    @cache
+    def make(bits: int, layout: Layout | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("demo") / f"bits{bits}"
+        source = open_source(*resolve_source("demo", None))
+        export_artifact(source, folder, make_recipe(bits), layout=layout, show_progress=False)
         return folder
 
     return make
@@ -87,11 +105,11 @@ def both_layouts(
 
 @pytest.fixture
 def open_tiny(tiny_artifact: Callable[..., Path]) -> Iterator[Callable[..., TinyModels]]:
-    """open_tiny(shape, bits=32, activations="int8", *, max_tokens=512, max_new_tokens=128): opened, cache empty."""
+    """open_tiny(*arguments of tiny_artifact, **options of open_models): opened, cache empty."""
     opened: list[TinyModels] = []
 
-    def open_one(*artifact: object, **cache_sizes: int) -> TinyModels:
-        opened.append(open_models(tiny_artifact(*artifact), **cache_sizes))
+    def open_one(*artifact: object, **options: int) -> TinyModels:
+        opened.append(open_models(tiny_artifact(*artifact), **options))
         return opened[-1]
 
     yield open_one
@@ -107,15 +125,21 @@ def pair(tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path: Path, capfd
     return copied_pair(tiny_checkpoint("one_shared"), tmp_path, capfd)
 
 
+@pytest.fixture(scope="session", params=each_layout)
+def lasting_artifact(request: pytest.FixtureRequest, tiny_artifact: Callable[..., Path]) -> Path:
+    """An artifact whose tokens do not depend on how many are drafted: native as it ships, portable of float weights."""
+    return tiny_artifact("wide", 4, "int8", "native") if request.param == "native" else tiny_artifact("wide")
+
+
 @pytest.fixture
-def load(tiny_artifact: Callable[..., Path]) -> Iterator[Load]:
-    """load(folder=None, **fields): a runtime of float weights, whose tokens do not depend on how many are drafted."""
+def load(lasting_artifact: Path) -> Iterator[Load]:
+    """load(folder=None, **fields): a runtime of the `lasting_artifact` or another one."""
     from tests.lasting import PROFILE, open_runtime
 
     loaded: list[Runtime] = []
 
     def load_one(folder: Path | None = None, **fields: Any) -> Runtime:
-        loaded.append(open_runtime(folder or tiny_artifact("wide"), replace(PROFILE, **fields)))
+        loaded.append(open_runtime(folder or lasting_artifact, replace(PROFILE, **fields)))
         return loaded[-1]
 
     yield load_one
@@ -124,20 +148,20 @@ def load(tiny_artifact: Callable[..., Path]) -> Iterator[Load]:
 
 
 @pytest.fixture(scope="session")
-def plain(tiny_artifact: Callable[..., Path]) -> list[int]:
+def plain(lasting_artifact: Path) -> list[int]:
     """What a fresh runtime generates, one token a step."""
     from tests.lasting import greedy, open_runtime
 
-    with open_runtime(tiny_artifact("wide")) as runtime:
+    with open_runtime(lasting_artifact) as runtime:
         return greedy(runtime, num_draft_tokens=0).token_ids
 
 
 @pytest.fixture(scope="session")
-def lasting(tiny_artifact: Callable[..., Path]) -> Iterator[Runtime]:
+def lasting(lasting_artifact: Path) -> Iterator[Runtime]:
     """What `runtime` gives to all tests."""
     from tests.lasting import open_runtime
 
-    with open_runtime(tiny_artifact("wide")) as runtime:
+    with open_runtime(lasting_artifact) as runtime:
         yield runtime
 
 

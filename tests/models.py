@@ -1,7 +1,7 @@
 """An artifact's graphs opened by themselves: a target with its cache and a drafter, without engine or text."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from runtime.drafter import DrafterModel
 from runtime.kv_cache import KVCache
 from runtime.manifest import Manifest, read_manifest
 from runtime.session import open_session
+from runtime.signature import rows_name
 from runtime.tables import RowTable
 from runtime.target import TargetModel
 
@@ -45,27 +46,36 @@ class TinyModels:
         self.target.ple_table.close()
 
 
-def open_models(folder: Path, *, max_tokens: int = 512, max_new_tokens: int = 128) -> TinyModels:
+def open_models(
+    folder: Path, *, max_tokens: int = 512, max_new_tokens: int = 128, num_threads: int = 1
+) -> TinyModels:
     """Opens an artifact that has a drafter; nothing is verified."""
-    manifest = read_manifest(folder)
+    manifest, profile = read_manifest(folder), replace(ONE_THREAD, num_threads=num_threads)
     assert manifest.drafter is not None
     target = TargetModel(
-        open_session(folder / "decoder.onnx", ONE_THREAD),
+        open_session(folder / "decoder.onnx", profile, manifest.layout),
         manifest.model,
         KVCache(manifest.model, max_tokens=max_tokens, max_new_tokens=max_new_tokens),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
+        manifest.layout,
     )
-    drafter = DrafterModel(open_session(folder / "drafter.onnx", ONE_THREAD), manifest.drafter, target)
-    return TinyModels(manifest, target, drafter)
+    session = open_session(folder / "drafter.onnx", profile, manifest.layout)
+    return TinyModels(manifest, target, DrafterModel(session, manifest.drafter, target))
 
 
 def draft_graph(models: TinyModels, artifact: Path) -> Callable[[int, Float32], dict[str, Any]]:
     """drafter.onnx by its contract in `runtime.signature`: (token, state) -> outputs by name."""
-    session = open_session(artifact / "drafter.onnx", ONE_THREAD)
+    layout, cache = models.manifest.layout, models.target.cache
+    session = open_session(artifact / "drafter.onnx", ONE_THREAD, layout)
     inputs, outputs = ({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
-    cache = models.target.cache
-    rows = {name: array[slice(*cache.draft_span(kind)[:2])] for kind, name, array in cache.arrays() if name in inputs}
+    rows: dict[str, Any] = {}
+    for kind, name, array in cache.arrays():
+        span = cache.draft_span(kind)
+        if name in inputs:
+            rows[name] = array if layout == "native" else array[span.start : span.stop]
+        if rows_name(kind) in inputs:
+            rows[rows_name(kind)] = np.array(span)
 
     def run(token_id: int, state: Float32) -> dict[str, Any]:
         embeds = np.concatenate([models.target.token_table.rows([token_id])[0], state])[None]

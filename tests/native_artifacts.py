@@ -36,7 +36,6 @@ def export_both(pair: TinyCheckpoint, folder: Path, bits: int, block_size: int, 
 
 def open_native(folder: Path, *, rounds: bool = True, max_tokens: int = 512, max_new_tokens: int = 128) -> TinyModels:
     """Opens the native graphs under the reference ops, as `tests.models.open_models` opens the portable ones."""
-    folder = folder.with_name(NATIVE)
     manifest = read_manifest(folder)
     assert manifest.drafter is not None
     sessions: list[Any] = []

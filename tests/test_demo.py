@@ -19,16 +19,6 @@ NUM_DRAFT_TOKENS = 3
 
 
 @pytest.fixture(scope="module")
-def demo_artifact(tmp_path_factory):
-    def make(bits):
-        folder = tmp_path_factory.mktemp("demo") / f"bits{bits}"
-        export_artifact(open_source(*resolve_source("demo", None)), folder, make_recipe(bits), show_progress=False)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def prompts():
     texts = [prompt["text"] for prompt in json.loads((DEMO_FOLDER / "held_out.json").read_text(encoding="utf-8"))]
     return texts[:: max(1, len(texts) // NUM_PROMPTS)][:NUM_PROMPTS]

@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from runtime import generation
 from runtime.draft_policy import StepCosts
 from runtime.generation import Drafter
+from runtime.layout import Layout
 from runtime.sampling import Distribution, SamplingParams, Verdict, distribution
 from tests.drafting import (
     CHEAP_DRAFTS,
@@ -25,16 +26,23 @@ from tests.drafting import (
     ScriptedDrafter,
     decode,
 )
+from tests.layouts import each_layout, needs_native
 from tests.models import TinyModels, open_models
 
-EXACT = [("wide", 32, "int8"), ("irregular", 32, "int8"), ("one_shared", 8, "float32"), ("narrow", 4, "float32")]
+EXACT = [
+    ("wide", 32, "int8", "portable"),
+    ("irregular", 32, "int8", "portable"),
+    ("one_shared", 8, "float32", "portable"),
+    ("narrow", 4, "float32", "portable"),
+    *(pytest.param((shape, 4, "int8", "native"), marks=needs_native) for shape in ("wide", "irregular")),
+]
 INT8 = [("irregular", 4, "int8"), ("one_shared", 8, "int8")]
 NUM_TOKENS = 40  # more than two windows
 MAX_DRAFTS = 8
 OPEN_SIZES = {"max_new_tokens": 16}  # the cache is compacted at least once on the way
 
 Open = Callable[..., TinyModels]
-Artifact = tuple[str, int, str]
+Artifact = tuple[str | int, ...]
 draft_lengths = pytest.mark.parametrize("num_drafts", range(MAX_DRAFTS + 1))
 
 
@@ -119,15 +127,16 @@ def test_a_kept_rejected_row_would_be_seen(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("shape", ["wide", "irregular"])  # centroids, dense head
-def test_a_drafter_of_nan_drafts_nothing(shape: str, open_tiny: Open) -> None:
-    models = open_tiny(shape)
+@pytest.mark.parametrize("layout", each_layout)
+def test_a_drafter_of_nan_drafts_nothing(shape: str, layout: Layout, open_tiny: Open) -> None:
+    models = open_tiny(shape, 8, "int8", layout)
     hidden = models.target.forward([2, 3, 4], num_kept=1).hidden[0].copy()
     assert len(models.drafter.draft(7, hidden, 3, GREEDY, np.random.default_rng())) == 3
     hidden[5] = np.nan
     assert models.drafter.draft(7, hidden, 3, GREEDY, np.random.default_rng()) == []
 
 
-# greedy, int8 activations
+# greedy, int8 activations of the portable layout: not exact (the native layout is, see test_native_lossless.py)
 
 
 def width_noise(models: TinyModels) -> float:
@@ -238,9 +247,10 @@ class Sampling:
         return NoisyDrafter(target, self.next_logits, noise=0.5)
 
 
-@pytest.fixture
-def sampling(open_tiny: Open) -> Sampling:
-    return Sampling(open_tiny("one_shared"), open_tiny("one_shared"))
+@pytest.fixture(params=each_layout)
+def sampling(request: pytest.FixtureRequest, open_tiny: Open) -> Sampling:
+    artifact = ("one_shared", 8, "int8", "native") if request.param == "native" else ("one_shared",)
+    return Sampling(open_tiny(*artifact), open_tiny(*artifact))
 
 
 def test_sampled_tokens_are_distributed_as_due(sampling: Sampling) -> None:

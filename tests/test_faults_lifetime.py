@@ -371,10 +371,10 @@ if __name__ == "__main__":
 """
 
 
-def test_a_fork_is_refused_and_a_spawn_works(tiny_artifact: Callable[..., Path], tmp_path: Path) -> None:  # 73
+def test_a_fork_is_refused_and_a_spawn_works(lasting_artifact: Path, tmp_path: Path) -> None:  # 73
     script = tmp_path / "forks.py"
     script.write_text(FORKS)
-    command = [sys.executable, "-W", "error", script, tiny_artifact("wide")]
+    command = [sys.executable, "-W", "error", script, lasting_artifact]
     done = subprocess.run(
         command,
         cwd=ROOT,

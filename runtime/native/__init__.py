@@ -5,6 +5,7 @@ now: a graph with every op must give the results that it carries. Without the op
 """
 
 import ctypes
+import hashlib
 import sys
 from functools import cache
 from pathlib import Path
@@ -65,10 +66,20 @@ def _library() -> ctypes.CDLL | None:
     path = library_path()
     if path is None:
         return None
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError:  # of another machine, or damaged: `unusable_because` says so
+        return None
     loaded.edge_instruction_set.restype = ctypes.c_char_p
     loaded.edge_force_instruction_set.argtypes = [ctypes.c_char_p]
     return loaded
+
+
+@cache
+def library_digest() -> str | None:
+    """SHA-256 of the library's file, so that what one build was measured at is not taken for another's."""
+    path = library_path()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
 
 
 def instruction_set() -> str:

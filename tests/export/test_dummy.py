@@ -110,7 +110,7 @@ def test_no_two_matrices_are_equal(tmp_path: Path) -> None:
     form = BlockFormat(128, 4, 32)
     (first,), (second,) = checkpoint.rows("a", 0, 96), checkpoint.rows("b", 0, 96)
     assert not np.array_equal(first, second)
-    codes = [checkpoint.quantize(first, form, np.float16)[0] for _ in range(3)]
+    codes = [checkpoint.quantize(first, form)[0] for _ in range(3)]
     assert not np.array_equal(codes[0], codes[1])
     assert not np.array_equal(codes[1], codes[2])
     assert sorted(checkpoint.indices("token_ordering", 50)) == list(range(50))
@@ -120,7 +120,7 @@ def test_no_two_matrices_are_equal(tmp_path: Path) -> None:
 def test_rows_have_norm_one(tmp_path: Path, bits: int) -> None:
     checkpoint = random_checkpoint(tmp_path)
     (rows,) = checkpoint.rows("a", 0, 96)
-    codes, scales = checkpoint.quantize(rows, BlockFormat(128, bits, 32), np.float16)
+    codes, scales = checkpoint.quantize(rows, BlockFormat(128, bits, 32))
     for weights in (rows, dequantize_rows(codes, scales, 128, bits)):
         # 12,288 values: their mean square is within 4 standard errors of 4 % at most; the signed scales add 8 %
         assert (weights**2).sum(axis=1).mean() == pytest.approx(1, abs=0.2)

@@ -12,7 +12,7 @@ import pytest
 
 from export.graph import DataFile
 from export.linear import Matrix, StoredMatrix, TensorRows, WeightStore
-from quant.blockwise import BlockFormat, quantize_rows
+from quant.blockwise import BlockFormat, Codes, Float16, quantize_rows
 from quant.recipe import WeightFormat
 from runtime.layout import LAYOUTS, Layout
 from runtime.panels import pack
@@ -33,6 +33,9 @@ class InChunks:
     def rows(self, name: str, start: int, stop: int) -> Iterator[npt.NDArray[np.float32]]:
         for first in range(start, stop, self.num_rows):
             yield self.weights[first : min(first + self.num_rows, stop)]
+
+    def quantize(self, rows: npt.NDArray[np.float32], blocks: BlockFormat) -> tuple[Codes, Float16]:
+        return quantize_rows(rows, blocks)
 
 
 def matrix(weights: npt.NDArray[np.float32], chunk_rows: int, name: str = "m") -> Matrix:

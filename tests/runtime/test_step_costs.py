@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -120,6 +121,13 @@ def test_costs_are_remembered(record: Path) -> None:
     assert list(record.parent.iterdir()) == [record]
 
 
+@pytest.mark.parametrize("days", [-0.1, 1.1, 400.0])
+def test_costs_are_measured_anew_after_a_day(record: Path, days: float) -> None:
+    remember_costs(record, COSTS, now=lambda: 1e9)
+    assert recall_costs(record, has_drafter=True, now=lambda: 1e9 + 0.9 * 86_400) == COSTS
+    assert recall_costs(record, has_drafter=True, now=lambda: 1e9 + days * 86_400) is None
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -137,6 +145,7 @@ def test_costs_are_remembered(record: Path) -> None:
 )
 def test_a_damaged_record_is_none(record: Path, content: str) -> None:
     record.parent.mkdir()
+    content = content.replace("}", f', "measured_at": {time.time()}}}') if len(content) > 2 else content
     record.write_text(content)
     assert recall_costs(record, has_drafter=True) is None
 
@@ -149,6 +158,10 @@ def test_a_record_is_of_one_artifact_machine_and_version(
 
     assert other() == record
     assert costs_record(tmp_path / "cache", tmp_path / "manifest.json", 4) != record
+    for name in ("instruction_set", "library_digest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"runtime.native.{name}", lambda: "another")
+            assert other() != record
     with monkeypatch.context() as patch:
         patch.setattr("platform.node", lambda: "another")
         assert other() != record

@@ -1,15 +1,23 @@
 """Whether the native ops may be used: the self-test, and what happens where it does not pass."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime import native
+from tests.layouts import needs_native
 from tests.runtime.native import make_self_test
 
 
+pytestmark = needs_native
+
+
 @pytest.fixture(autouse=True)
-def ask_again() -> None:
+def ask_again() -> Iterator[None]:
+    """Asks anew for each test, and leaves no answer of a test behind."""
+    native.unusable_because.cache_clear()
+    yield
     native.unusable_because.cache_clear()
 
 
@@ -51,6 +59,11 @@ def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "edge_ops.so").write_bytes(b"no library")
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "edge_ops.so")
     assert "refuses them" in (native.unusable_because() or "")
+    native._library.cache_clear()
+    try:
+        assert native.instruction_set() == "none"
+    finally:
+        native._library.cache_clear()
 
 
 def test_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
