@@ -52,7 +52,10 @@ def test_a_native_artifact_generates_as_its_portable_twin(
     found = generate(artifact, one_thread)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"{artifact}: the native ops cannot be used here (for a test); it is read from a portable copy" in record.message
+    assert (
+        f"{artifact}: the native ops cannot be used here (for a test); it is read from a portable copy"
+        in record.message
+    )
     assert record.message.endswith("; to do without, export or convert it with --layout portable")
     assert contents(artifact) == before
     caplog.clear()
