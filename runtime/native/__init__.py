@@ -91,7 +91,7 @@ def instruction_set() -> str:
 
 
 def force_instruction_set(name: str | None) -> bool:
-    """Forces an instruction set for the whole process, None for the best; False where this build or processor lacks it."""
+    """Forces an instruction set for the whole process, None for the best; False where build or processor lacks it."""
     loaded = _library()
     return bool(loaded and loaded.edge_force_instruction_set(name.encode() if name else None))
 

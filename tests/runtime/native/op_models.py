@@ -80,7 +80,7 @@ def aligned(content: Array, offset: int = 0) -> Array:
 
 
 def pack_panels(codes: Array, scales: Array, bits: int, block_size: int) -> Array:
-    """Panels of codes uint8 [num_rows, width] and scales [num_rows, num_blocks], written from the format's description."""
+    """Panels of codes uint8 [num_rows, width] and scales [num_rows, num_blocks], written from the format's words."""
     num_rows, width = codes.shape
     num_blocks = -(-width // block_size)
     padded_rows = -(-num_rows // 32) * 32
