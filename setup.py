@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "runtime/native/src"
@@ -35,6 +36,14 @@ class BuildNativeOps(build_ext):
         return str(Path(*fullname.split("."))) + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
+class WheelForAnyPython(bdist_wheel):
+    """A wheel for one platform, but for every Python 3: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform that the wheel is for."""
+        return "py3", "none", super().get_tag()[2]
+
+
 def extension() -> Extension:
     """The library with all instruction sets in one; files for other architectures compile to nothing."""
     self_contained = ["-static-libstdc++", "-static-libgcc", "-s"] if sys.platform != "darwin" else []
@@ -44,4 +53,4 @@ def extension() -> Extension:
     return Extension("runtime.native.edge_ops", sources, depends=headers, language="c++", optional=True, **options)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildNativeOps})
+setup(ext_modules=[extension()], cmdclass={"bdist_wheel": WheelForAnyPython, "build_ext": BuildNativeOps})

@@ -1,17 +1,28 @@
-"""How long a context the memory budget leaves room for."""
+"""How long a context the memory budget leaves room for: plans anonymous memory, which the system cannot take back.
+
+A native artifact's weights are read where they are mapped and take none; a portable one's are packed at load.
+"""
+
+import os
 
 from profiles import MAX_DRAFT_TOKENS, DeviceProfile
 from runtime.errors import MemoryBudgetError
-from runtime.kv_cache import GROWTH_TOKENS, full_bytes_per_token, sliding_bytes
+from runtime.kv_cache import FLOAT_BYTES, GROWTH_TOKENS, full_bytes_per_token, sliding_bytes
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 
-# onnxruntime packs quantized weights into heap memory and widens their scales to float32 beside it: together up to this
-# many times the file (measured, 4 bits, block 32)
-PREPACK_FACTOR = 1.6
-SESSION_BYTES = 96 << 20  # interpreter, libraries and graphs: anonymous memory of an idle runtime, rounded up
-# attention scores, their masks and what the arena keeps of shorter ones (measured on E2B, 2,000 and 6,000 tokens)
+IDLE_BYTES = 48 << 20  # interpreter, libraries and graphs of an idle runtime (measured 32 MiB with 2 threads)
+# a tokenizer in memory, relative to its file (measured 10 to 12, while it loads up to 17)
+TOKENIZER_FACTOR = 14
+# Beside a block's codes onnxruntime packs its float16 scale as float32 and keeps sums and a widened copy: measured.
+PACKED_SCALE_BYTES = 12
+FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the data files, as measured in blocks of 32
+# portable attention: scores, their masks and what the arena keeps of shorter ones (measured on E2B, 2,000 and 6,000
+# tokens)
 SCORE_COPIES = 6
+# of runtime/native/src/attention_op.cpp: partial sums of this many segments are held for each tile of 16 queries; where
+# tiles are fewer than twice the threads, of which 16 count
+WAVE_SEGMENTS, SEGMENT_KEYS, TILE_QUERIES, COUNTED_THREADS = 64, 256, 16, 16
 
 
 def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: int) -> int:
@@ -29,19 +40,16 @@ def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: 
             f"{_mib(budget_bytes)}; raise memory_budget or export with fewer bits"
         )
     left = budget_bytes - planned_bytes(manifest, profile, 0)
-    return min(wanted, left // _bytes_per_token(manifest.model, profile))
+    return min(wanted, left // _bytes_per_token(manifest, profile))
 
 
 def planned_bytes(manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> int:
-    """An upper estimate of anonymous memory with a full context: packed weights, one chunk's activations, KV rows."""
+    """An upper estimate of anonymous memory with a full context: what is loaded, one chunk's activations, KV rows."""
     model, num_new = manifest.model, max_new_tokens(profile)
-    fixed = _weight_bytes(manifest) + SESSION_BYTES + activation_bytes(model, num_new) + sliding_bytes(model, num_new)
-    return fixed + context_tokens * _bytes_per_token(model, profile)
-
-
-def _bytes_per_token(model: ModelConfig, profile: DeviceProfile) -> int:
-    """Bytes that each token of context adds: KV rows, and attention scores of one chunk."""
-    return full_bytes_per_token(model) + 4 * max_new_tokens(profile) * (SCORE_COPIES * model.num_heads + 2)
+    tokenizer = TOKENIZER_FACTOR * manifest.files["tokenizer.json"].size_bytes
+    loaded = IDLE_BYTES + tokenizer + _packed_bytes(manifest)
+    working = activation_bytes(manifest, num_new) + sliding_bytes(model, num_new)
+    return loaded + working + context_tokens * _bytes_per_token(manifest, profile)
 
 
 def max_new_tokens(profile: DeviceProfile) -> int:
@@ -49,16 +57,52 @@ def max_new_tokens(profile: DeviceProfile) -> int:
     return max(profile.prefill_chunk_tokens, MAX_DRAFT_TOKENS + 1)
 
 
-def activation_bytes(model: ModelConfig, num_tokens: int) -> int:
-    """An upper estimate of one forward's activations, without attention scores."""
+def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
+    """An upper estimate of one forward's activations, without portable attention scores."""
+    model, is_native = manifest.model, manifest.layout == "native"
     widest = max(layer.intermediate_size for layer in model.layers)
     ple = len(model.layers) * model.ple_size
-    return 4 * (num_tokens * (4 * widest + 3 * ple + 8 * model.hidden_size) + 2 * model.vocab_size)
+    # gate, up and their product are one op in the native layout; the PLE rows are looked up, projected, normed, added
+    values = num_tokens * ((2 if is_native else 4) * widest + 4 * ple + 8 * model.hidden_size)
+    logits = (1 if is_native else 2) * (MAX_DRAFT_TOKENS + 1) * model.vocab_size
+    return FLOAT_BYTES * (values + logits) + (_scratch_bytes(model, num_tokens) if is_native else 0)
 
 
-def _weight_bytes(manifest: Manifest) -> int:
+def _bytes_per_token(manifest: Manifest, profile: DeviceProfile) -> int:
+    """Bytes that each token of context adds: KV rows, one more of the array that grows, portable attention scores."""
+    model = manifest.model
+    rows = full_bytes_per_token(model) + FLOAT_BYTES * max(layer.head_dim for layer in model.layers)
+    if manifest.layout == "native":
+        return rows
+    return rows + FLOAT_BYTES * max_new_tokens(profile) * (SCORE_COPIES * model.num_heads + 2)
+
+
+def _packed_bytes(manifest: Manifest) -> int:
+    """Weights that onnxruntime copies to the heap."""
+    if manifest.layout == "native":
+        return 0
+    if manifest.matrices:
+        return sum(
+            matrix.padded_rows * matrix.num_blocks * (matrix.block_bytes + PACKED_SCALE_BYTES)
+            for matrix in manifest.matrices
+        )
     names = ("decoder.onnx.data", "drafter.onnx.data", manifest.token_table.file)
-    return int(PREPACK_FACTOR * sum(manifest.files[name].size_bytes for name in names if name in manifest.files))
+    sizes = (manifest.files[name].size_bytes for name in names if name in manifest.files)
+    return int(FLOAT_WEIGHTS_FACTOR * sum(sizes))
+
+
+def _scratch_bytes(model: ModelConfig, num_tokens: int) -> int:
+    """What the native ops keep: a chunk's activations in int8, its queries, partial sums of attention."""
+    num_threads = min(os.cpu_count() or 1, COUNTED_THREADS)
+    head_dim = max(layer.head_dim for layer in model.layers)
+    widest = max(model.hidden_size, model.num_heads * head_dim, *(layer.intermediate_size for layer in model.layers))
+    quantized = num_tokens * (widest + 2 * FLOAT_BYTES * -(-widest // 32))  # a scale and a sum a block
+    # each KV head's last tile may be almost empty
+    num_tiles = model.num_heads + -(-num_tokens * model.num_heads // TILE_QUERIES)
+    queries = FLOAT_BYTES * num_tiles * TILE_QUERIES * head_dim
+    partial = FLOAT_BYTES * TILE_QUERIES * (head_dim + 2)
+    waves = min(num_tiles, 2 * num_threads) * (WAVE_SEGMENTS + 1) * partial
+    return quantized + queries + waves + num_threads * (2 * partial + FLOAT_BYTES * SEGMENT_KEYS * TILE_QUERIES)
 
 
 def _mib(num_bytes: int) -> str:

@@ -161,7 +161,7 @@ class NativeDecoder:
         binding.input("num_kept", np.array([num_kept], np.int64))
         self._rows.bind(binding)
         for _, name, array in self._cache.arrays():
-            binding.input(name, array)
+            binding.cache_input(name, array)
         outputs = self._outputs
         assert outputs.top_logits is not None and outputs.top_ids is not None
         top_logits, top_ids = outputs.top_logits[:num_kept], outputs.top_ids[:num_kept]

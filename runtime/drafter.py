@@ -113,7 +113,7 @@ class DrafterModel:
         binding.input("position_ids", self._position_ids)
         for kind, name, array in self._target.cache.arrays():
             if name in self._read_names:
-                binding.input(name, array[rows[kind]])
+                binding.cache_input(name, array[rows[kind]])
         binding.output("projected_state", self._state)
         binding.output("candidate_logits", self._logits)
         if self._ids is not None:

@@ -74,8 +74,8 @@ class Runtime:
         """Opens an artifact within the memory that the profile grants.
 
         Every file is checked against the manifest; digests are computed when a file is first seen or has changed. The
-        first load also measures, for a part of a second, what drafting costs on this machine. Where the native ops of a
-        native artifact cannot be used, a portable copy is made in the user's cache.
+        first load, and once a day a later one, measures for a part of a second what drafting costs on this machine.
+        Where the native ops of a native artifact cannot be used, a portable copy is made in the user's cache.
 
         Args:
             path: an artifact folder, as `edge-export` makes it

@@ -46,9 +46,7 @@ class TinyModels:
         self.target.ple_table.close()
 
 
-def open_models(
-    folder: Path, *, max_tokens: int = 512, max_new_tokens: int = 128, num_threads: int = 1
-) -> TinyModels:
+def open_models(folder: Path, *, max_tokens: int = 512, max_new_tokens: int = 128, num_threads: int = 1) -> TinyModels:
     """Opens an artifact that has a drafter; nothing is verified."""
     manifest, profile = read_manifest(folder), replace(ONE_THREAD, num_threads=num_threads)
     assert manifest.drafter is not None

@@ -1,11 +1,11 @@
-"""The native graphs, run by the reference ops: they compute what the portable ones do; and the ops what the reference does.
+"""The native graphs, run by the reference ops, compute what the portable ones do; and the ops what the reference does.
 
 With activations in float32 on both sides the two differ by the order of their sums alone; these random nets amplify its
 1e-7 to some 1e-5 of the values' spread (transformers' own float32 is off by as much, see `tests.reference`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 

@@ -102,7 +102,9 @@ class Setup:
         target = kind(self.models.target)
         return decode(target, drafter(target) if drafter else None, self.prompt, num_tokens, num_drafts, costs=costs)
 
-    def scripted(self, num_drafts: int, wrong_at: int | None, kind: type[RecordingTarget] = RecordingTarget) -> Decoding:
+    def scripted(
+        self, num_drafts: int, wrong_at: int | None, kind: type[RecordingTarget] = RecordingTarget
+    ) -> Decoding:
         def make(target: RecordingTarget) -> Drafter:
             drafter = ScriptedDrafter(target, len(self.prompt), self.plain.token_ids)
             drafter.wrong_at = wrong_at

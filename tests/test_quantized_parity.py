@@ -79,7 +79,7 @@ def round_activations(model: torch.nn.Module, block_size: int = 32) -> None:
 
 
 def check_but_for_flips(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    """Rounding of sums, 1e-7, now and then takes an activation to its other neighbour in int8: rare, and of that size."""
+    """Sums differ by 1e-7, which now and then rounds an activation to its other neighbour in int8: rare, and small."""
     differences = np.array(
         [np.abs(mine - theirs).max() / np.ptp(theirs) for mine, theirs in zip(found, expected, strict=True)]
     )

@@ -1,17 +1,71 @@
 """The context shrinks to what the budget leaves room for, and no further."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from profiles import load_profile
 from runtime.budget import context_that_fits, planned_bytes
 from runtime.errors import MemoryBudgetError
 from runtime.manifest import read_manifest
+from tests.layouts import each_layout
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def manifest(tiny_artifact):
-    return read_manifest(tiny_artifact("wide", 4))
+# A generation over a whole context, while a thread looks at the memory: prints the plan and the peak.
+CHILD = """
+import sys, threading, time
+from edge import Runtime
+from profiles import load_profile
+from runtime.budget import planned_bytes
+from runtime.memory import PeakMemory
+
+peak, done = PeakMemory(), threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak.sample()
+
+threading.Thread(target=watch).start()
+with Runtime.load(sys.argv[1], profile="laptop", memory_budget="2 GiB") as runtime:
+    prompt = [2 + 7 * i % 2000 for i in range(runtime.context_tokens - 40)]
+    for options in ({"num_draft_tokens": 16, "temperature": 0}, {"num_draft_tokens": 7, "top_k": 0, "top_p": 0.95}):
+        runtime.generate(prompt, max_tokens=40, **options)
+    print(planned_bytes(runtime.manifest, runtime.profile, runtime.context_tokens))
+done.set()
+print(peak.usage.anonymous_bytes)
+"""
+
+
+@pytest.fixture(params=["native", "portable"])
+def manifest(request, tiny_artifact):
+    return read_manifest(tiny_artifact("wide", 4, "int8", request.param))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep other amounts")
+@pytest.mark.parametrize("layout", each_layout)
+def test_the_plan_is_no_less_and_not_much_more_than_what_is_used(demo_artifact, layout):
+    command = [sys.executable, "-c", CHILD, str(demo_artifact(4, layout))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    planned, used = map(int, done.stdout.split())
+    # generous to a model this small, where most of both is the interpreter and its libraries
+    assert used <= planned <= 2 * used
+
+
+def test_native_weights_take_no_memory(tiny_artifact):
+    native, portable = (read_manifest(tiny_artifact("wide", 4, "int8", layout)) for layout in ("native", "portable"))
+    larger = replace(native, matrices=native.matrices * 1000)
+    profile = load_profile("laptop")
+    assert planned_bytes(larger, profile, 1000) == planned_bytes(native, profile, 1000)
+    packed = sum(matrix.num_bytes for matrix in portable.matrices)
+    assert planned_bytes(portable, profile, 0) - planned_bytes(native, profile, 0) > packed
 
 
 def test_the_largest_context_within_the_budget(manifest, one_thread):

@@ -52,7 +52,10 @@ def test_a_native_artifact_generates_as_its_portable_twin(
     found = generate(artifact, one_thread)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"{artifact}: the native ops cannot be used here (for a test); it is read from a portable copy" in record.message
+    assert (
+        f"{artifact}: the native ops cannot be used here (for a test); it is read from a portable copy"
+        in record.message
+    )
     assert record.message.endswith("; to do without, export or convert it with --layout portable")
     assert contents(artifact) == before
     caplog.clear()
@@ -144,8 +147,8 @@ def fail_with(number: int) -> Callable[..., None]:
 def test_a_disk_that_is_full(artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
     monkeypatch.setattr(convert, "_write", fail_with(errno.ENOSPC))
     match = (
-        r"artifact: the native ops cannot be used here \(for a test\), and a portable copy of [0-9.]+ MB cannot be made: "
-        ".*: No space left on device; mend that, or export or convert it with --layout portable"
+        r"artifact: the native ops cannot be used here \(for a test\), and a portable copy of [0-9.]+ MB "
+        "cannot be made: .*: No space left on device; mend that, or export or convert it with --layout portable"
     )
     with pytest.raises(DestinationError, match=match) as caught:
         copied(artifact)

@@ -9,7 +9,6 @@ from runtime import native
 from tests.layouts import needs_native
 from tests.runtime.native import make_self_test
 
-
 pytestmark = needs_native
 
 

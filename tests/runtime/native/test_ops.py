@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.layouts import needs_native
 from tests.runtime.native.op_models import (
     OpModel,
     aligned,
@@ -19,6 +20,7 @@ from tests.runtime.native.op_models import (
 )
 
 Array = npt.NDArray[Any]
+pytestmark = needs_native
 FLOAT = {"y": "float32"}
 
 
