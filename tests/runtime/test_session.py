@@ -5,6 +5,7 @@ from dataclasses import replace
 import onnxruntime as ort
 import pytest
 
+from runtime import native
 from runtime.errors import RequestError
 from runtime.memory import memory_usage
 from runtime.session import CPU, open_session
@@ -31,3 +32,11 @@ def test_a_gpu_provider_never_gets_the_kv_cache(tiny_artifact, one_thread, monke
     assert asked == [[CPU]]
     with pytest.raises(RequestError, match="asks for CUDAExecutionProvider; this version runs on CPUExecutionProvider"):
         open_session(tiny_artifact("wide") / "decoder.onnx", replace(one_thread, providers=("CUDAExecutionProvider",)))
+
+
+@pytest.mark.parametrize(("layout", "keeps"), [("portable", True), ("native", False)])
+def test_only_portable_sessions_keep_what_they_freed(tiny_artifact, one_thread, layout, keeps):
+    if layout == "native" and native.unusable_because():
+        pytest.skip("the native ops are not usable")
+    session = open_session(tiny_artifact("wide") / "decoder.onnx", one_thread, layout)
+    assert session.get_session_options().enable_cpu_mem_arena == keeps
