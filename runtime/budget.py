@@ -12,8 +12,8 @@ from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 
 IDLE_BYTES = 48 << 20  # interpreter, libraries and graphs of an idle runtime (measured 32 MiB with 2 threads)
-# a tokenizer in memory, relative to its file (measured 10 to 12, while it loads up to 17)
-TOKENIZER_FACTOR = 14
+# a tokenizer in memory, relative to its compact file (measured 7.5, while it loads up to 13)
+TOKENIZER_FACTOR = 13
 # Beside a block's codes onnxruntime packs its float16 scale as float32 and keeps sums and a widened copy: measured.
 PACKED_SCALE_BYTES = 12
 FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the data files, as measured in blocks of 32
