@@ -7,7 +7,7 @@
 namespace edge {
 
 constexpr int kMaxTileRows = 8;
-constexpr int kSegmentKeys = 128;  // keys of one attention segment, aligned to absolute positions
+constexpr int kSegmentKeys = 64;  // keys of one attention segment, aligned to absolute positions
 constexpr int kMaxQueryRows = 16;  // queries of one attention tile: (token, head) pairs that share a KV head
 
 // Rows of activations, quantized to int8 with a scale for each row and block and interleaved as `multiply` reads them.

@@ -1,7 +1,7 @@
 #include "matmul_op.hpp"
 
+#include <algorithm>
 #include <cstring>
-#include <vector>
 
 namespace edge {
 namespace {
@@ -9,6 +9,7 @@ namespace {
 constexpr int kMaxSide = 1 << 24;                // rows or columns of a matrix
 constexpr int64_t kMaxActivations = 1ll << 31;   // values of x or y
 constexpr int64_t kInlineValues = 16384;         // quantizing fewer takes less than handing it to other threads
+constexpr int kPanelsAtOnce = 8;
 constexpr size_t kInlineWeightBytes = 48 << 10;  // so does multiplying with fewer weights
 
 MatrixShape read_shape(const Attributes& attributes) {
@@ -151,17 +152,26 @@ void QuantizedMatMul::compute(const Context& context) const {
             else kernels.gelu_multiply(from, other + place, y + place, count);
         }
     };
+    // Panels of gate and up lie far apart: with one tile, several of one are read before several of the other, so that
+    // memory sees long streams. With more tiles a panel is read once and stays in the cache for all of them.
+    const int panels_at_once = rows.num_tiles() == 1 ? kPanelsAtOnce : 1;
+    const auto multiply_panels = [&](int first, int last, int offset, int tile, float* y) {
+        for (int panel = first; panel < last; panel++, y += kMaxTileRows * kPanelRows)
+            multiply_rows(kernels, weights.bytes(), shape_, offset + panel * kPanelRows, rows.tile(tile),
+                          rows.rows_of(tile), y);
+    };
     auto work = [&] {
         rows.quantize();
-        alignas(64) float product[kMaxTileRows * kPanelRows], up[kMaxTileRows * kPanelRows];
-        for (int first, last; claims.next(first, last);) {
-            for (int column = first * kPanelRows; column < last * kPanelRows; column += kPanelRows) {
+        constexpr int kTile = kMaxTileRows * kPanelRows;
+        alignas(64) float product[kPanelsAtOnce * kTile], up[kPanelsAtOnce * kTile];
+        for (int claimed, claimed_end; claims.next(claimed, claimed_end);) {
+            for (int first = claimed; first < claimed_end; first += panels_at_once) {
+                const int last = std::min(first + panels_at_once, claimed_end);
                 for (int tile = 0; tile < rows.num_tiles(); tile++) {
-                    const QuantizedTile x_tile = rows.tile(tile);
-                    multiply_rows(kernels, weights.bytes(), shape_, column, x_tile, rows.rows_of(tile), product);
-                    if (epilogue_ == kGeluGlu)
-                        multiply_rows(kernels, weights.bytes(), shape_, columns + column, x_tile, rows.rows_of(tile), up);
-                    finish(tile, column, product, up);
+                    multiply_panels(first, last, 0, tile, product);
+                    if (epilogue_ == kGeluGlu) multiply_panels(first, last, columns, tile, up);
+                    for (int panel = first; panel < last; panel++)
+                        finish(tile, panel * kPanelRows, product + (panel - first) * kTile, up + (panel - first) * kTile);
                 }
             }
         }

@@ -1,4 +1,4 @@
-// How a quantized matrix lies in memory: panels of 32 rows, made by quant/panels.py.
+// How a quantized matrix lies in memory: panels of 32 rows, made by runtime/panels.py.
 //
 //   panel 0 (matrix rows 0-31)          panel 1 (rows 32-63)   ...
 //   +---------------------------------+

@@ -19,7 +19,7 @@ struct Candidate {
     bool operator<(const Candidate& other) const { return value != other.value ? value > other.value : id < other.id; }
 };
 
-constexpr int kBlockValues = 64;  // of a row, known by their largest
+constexpr int kBlockValues = 128;  // of a row, known by their largest
 
 // The k best of a row whose blocks' largest values are known: as k blocks reach the k-th largest of those, the k best
 // values do too, and only blocks that reach it are looked into. False where the row holds a NaN.
@@ -99,13 +99,26 @@ void TopLogits::compute(const Context& context) const {
     if (logits.size() <= kInlineValues) find_largest();
     else context.run_on_all_threads(find_largest);
 
-    for (int64_t row = 0; row < num_rows; row++) {
+    const auto select_row = [&](int64_t row) {
         float* row_values = values + row * k_;
         int64_t* row_ids = ids + row * k_;
-        if (select(logits.floats() + row * size, size, largest[size_t(row)], k_, row_values, row_ids)) continue;
+        if (select(logits.floats() + row * size, size, largest[size_t(row)], k_, row_values, row_ids)) return;
         std::fill_n(row_values, k_, NAN);
         for (int i = 0; i < k_; i++) row_ids[i] = i;
-    }
+    };
+    Claims rows(static_cast<int>(num_rows));
+    std::atomic<bool> out_of_memory{false};  // a thread of the pool must not throw
+    auto select_rows = [&] {
+        try {
+            for (int first, last; rows.next(first, last);)
+                for (int row = first; row < last; row++) select_row(row);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    };
+    if (num_rows == 1) select_rows();
+    else context.run_on_all_threads(select_rows);
+    require(!out_of_memory, "out of memory");
 }
 
 }  // namespace edge
