@@ -96,9 +96,11 @@ class SpeedRun:
         self._timed_forward(1)  # dropped: the first one reads the rows that were just written
         for repeat in range(self._plan.num_repeats):
             seconds: dict[int, float] = {}
+            stream = self._roofline.stream()  # right beside: what memory gives may change from one second to the next
             for size in np.roll(sizes, repeat * 3).tolist():
                 seconds[size] = self._timed_forward(size)
                 self.samples["forward", context, size].append(seconds[size])
+                self.samples["stream_beside", context, size].append(stream)
             for size in sizes[1:] if is_verified else ():
                 self.samples["verify", context, size].append(seconds[size] / seconds[1])
             if is_verified:

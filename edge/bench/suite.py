@@ -147,9 +147,15 @@ class SpeedFigures:
         return figure(key, label, "tokens/s", samples, limit_share=share, note=note)
 
     def _forward_share(self, context: int, num_tokens: int) -> float | None:
+        """The median over the samples, each beside the bandwidth that was measured just before it."""
         num_bytes = self._workload.weight_bytes + self._opened.kv_bytes(context)
-        least = self._limits.seconds(num_bytes, self._workload.operations(num_tokens, num_tokens))
-        return _share(least, self._samples("forward", context, num_tokens))
+        num_operations = self._workload.operations(num_tokens, num_tokens)
+        timed, streams = (self._samples(name, context, num_tokens) for name in ("forward", "stream_beside"))
+        shares = [
+            replace(self._limits, bytes_per_second=stream).seconds(num_bytes, num_operations) / seconds
+            for stream, seconds in zip(streams, timed, strict=True)
+        ]
+        return float(np.median(shares)) if shares else None
 
     def _decode(self, context: int) -> Figure:
         samples = [1 / seconds for seconds in self._samples("forward", context, 1)]
