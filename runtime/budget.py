@@ -22,7 +22,7 @@ FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the dat
 SCORE_COPIES = 6
 # of runtime/native/src/attention_op.cpp: partial sums of this many segments are held for each tile of 16 queries; where
 # tiles are fewer than twice the threads, of which 16 count
-WAVE_SEGMENTS, SEGMENT_KEYS, TILE_QUERIES, COUNTED_THREADS = 64, 256, 16, 16
+WAVE_SEGMENTS, SEGMENT_KEYS, TILE_QUERIES, COUNTED_THREADS = 64, 64, 16, 16
 
 
 def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: int) -> int:

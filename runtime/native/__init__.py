@@ -44,8 +44,14 @@ def _run_self_test(path: Path) -> dict[str, np.ndarray]:
     options.log_severity_level = 4
     options.register_custom_ops_library(str(path))
     session = ort.InferenceSession(SELF_TEST, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, self_test_inputs()), strict=True))
+
+
+def self_test_inputs() -> dict[str, np.ndarray]:
+    """What the self-test's graph is given."""
     x = np.linspace(-1, 1, 96, dtype=np.float32).reshape(3, 32) ** 3
-    inputs = {
+    return {
         "x": x,
         "row": x[:1],
         "positions": np.arange(3, dtype=np.int64),
@@ -53,8 +59,6 @@ def _run_self_test(path: Path) -> dict[str, np.ndarray]:
         "keys": np.zeros((8, 8), np.float32),
         "value_rows": np.zeros((8, 8), np.float32),
     }
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def _agrees(found: np.ndarray, expected: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from profiles import load_profile
+from runtime import budget
 from runtime.budget import context_that_fits, planned_bytes
 from runtime.errors import MemoryBudgetError
 from runtime.manifest import read_manifest
@@ -93,3 +94,16 @@ def test_too_little_names_need_have_and_the_way_out(manifest, one_thread):
 def test_a_larger_chunk_needs_more(manifest, one_thread):
     small, large = (replace(one_thread, prefill_chunk_tokens=size) for size in (64, 512))
     assert planned_bytes(manifest, large, 1000) > planned_bytes(manifest, small, 1000)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "planned"),
+    [
+        ("attention_op.cpp", "kWaveSegments", budget.WAVE_SEGMENTS),
+        ("kernels.hpp", "kSegmentKeys", budget.SEGMENT_KEYS),
+        ("kernels.hpp", "kMaxQueryRows", budget.TILE_QUERIES),
+    ],
+)
+def test_the_plan_has_the_sizes_of_the_native_ops(file: str, name: str, planned: int) -> None:
+    source = (Path(budget.__file__).parent / "native/src" / file).read_text(encoding="utf-8")
+    assert f"constexpr int {name} = {planned};" in source

@@ -80,20 +80,7 @@ struct MaddubsProducts {
     }
 };
 
-constexpr edge::Kernels table = {
-    "avx2",
-    8,
-    4,
-    quantize,
-    multiply<MaddubsProducts>,
-    gelu_multiply<Vec8>,
-    softcap<Vec8>,
-    norm_add<Vec8>,
-    norm_rotate<Vec8>,
-    attend_tile,
-    merge<Vec8>,
-    largest_of<Vec8>,
-};
+constexpr edge::Kernels table = table_of<MaddubsProducts>("avx2", 4);
 
 }  // namespace
 END_TARGET

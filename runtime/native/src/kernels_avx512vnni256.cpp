@@ -17,20 +17,7 @@ struct Dot {
     static __m256i add(__m256i sums, __m256i weights, __m256i x) { return _mm256_dpbusd_epi32(sums, weights, x); }
 };
 
-constexpr edge::Kernels table = {
-    "avx512vl-vnni-256",
-    8,
-    5,
-    quantize,
-    multiply<VnniProducts<Dot>>,
-    gelu_multiply<Vec8>,
-    softcap<Vec8>,
-    norm_add<Vec8>,
-    norm_rotate<Vec8>,
-    attend_tile,
-    merge<Vec8>,
-    largest_of<Vec8>,
-};
+constexpr edge::Kernels table = table_of<VnniProducts<Dot>>("avx512vl-vnni-256", 5);
 
 }  // namespace
 END_TARGET

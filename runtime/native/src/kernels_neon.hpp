@@ -192,4 +192,21 @@ void multiply(const uint8_t* panel, const MatrixShape& shape, const QuantizedTil
     else multiply_bits<P1, P, 8>(panel, shape, tile, num_rows, y);
 }
 
+// The table of an instruction set that sums the products of one row as P1 does, those of several as P does.
+template <bool PAIRED, class P1, class P>
+constexpr edge::Kernels table_of(const char* name) {
+    return {name,
+            edge::kMaxTileRows,
+            edge::kMaxTileRows,
+            quantize<PAIRED>,
+            multiply<P1, P>,
+            gelu_multiply<Vec4>,
+            softcap<Vec4>,
+            norm_add<Vec4>,
+            norm_rotate<Vec4>,
+            attend<Pair<Vec4>, 8, 8>,
+            merge<Vec4>,
+            largest_of<Vec4>};
+}
+
 }  // namespace

@@ -23,20 +23,7 @@ struct Dot {
     }
 };
 
-constexpr edge::Kernels table = {
-    "neon-dotprod",
-    8,
-    8,
-    quantize<false>,
-    multiply<DotProducts<Dot>, DotProducts<Dot>>,
-    gelu_multiply<Vec4>,
-    softcap<Vec4>,
-    norm_add<Vec4>,
-    norm_rotate<Vec4>,
-    attend<Pair<Vec4>, 8, 8>,
-    merge<Vec4>,
-    largest_of<Vec4>,
-};
+constexpr edge::Kernels table = table_of<false, DotProducts<Dot>, DotProducts<Dot>>("neon-dotprod");
 
 }  // namespace
 END_TARGET

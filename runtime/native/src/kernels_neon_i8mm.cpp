@@ -88,20 +88,7 @@ struct MatrixProducts {
     }
 };
 
-constexpr edge::Kernels table = {
-    "neon-i8mm",
-    8,
-    8,
-    quantize<true>,
-    multiply<DotProducts<Dot>, MatrixProducts>,
-    gelu_multiply<Vec4>,
-    softcap<Vec4>,
-    norm_add<Vec4>,
-    norm_rotate<Vec4>,
-    attend<Pair<Vec4>, 8, 8>,
-    merge<Vec4>,
-    largest_of<Vec4>,
-};
+constexpr edge::Kernels table = table_of<true, DotProducts<Dot>, MatrixProducts>("neon-i8mm");
 
 }  // namespace
 END_TARGET

@@ -9,8 +9,8 @@ namespace {
 constexpr int kMaxSide = 1 << 24;                // rows or columns of a matrix
 constexpr int64_t kMaxActivations = 1ll << 31;   // values of x or y
 constexpr int64_t kInlineValues = 16384;         // quantizing fewer takes less than handing it to other threads
-constexpr int kPanelsAtOnce = 8;
 constexpr size_t kInlineWeightBytes = 48 << 10;  // so does multiplying with fewer weights
+constexpr int kPanelsAtOnce = 8;                 // of one stream of weights, before the other one goes on
 
 MatrixShape read_shape(const Attributes& attributes) {
     MatrixShape shape{};

@@ -168,4 +168,11 @@ void attend_tile(const AttentionSegment& segment, float* scores, const Attention
     else attend<Pair<Vec8>, 6, 6, 2>(segment, scores, result);
 }
 
+// The table of an instruction set that sums products as P does.
+template <class P>
+constexpr edge::Kernels table_of(const char* name, int num_tile_rows) {
+    return {name,           edge::kMaxTileRows, num_tile_rows,     quantize,    multiply<P>, gelu_multiply<Vec8>,
+            softcap<Vec8>,  norm_add<Vec8>,     norm_rotate<Vec8>, attend_tile, merge<Vec8>, largest_of<Vec8>};
+}
+
 }  // namespace

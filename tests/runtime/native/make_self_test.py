@@ -4,18 +4,17 @@ One graph with every native op over fixed inputs; what numpy makes of them stand
 `expected_*`.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime import native
 from tests.runtime.native.op_models import pack_panels, quantized_product, rms_norm, rotate
 
 Array = npt.NDArray[Any]
-PATH = Path(__file__).parents[3] / "runtime/native/self_test.onnx"
-HEADS, HEAD_DIM, WIDTH, CAPACITY, EPSILON, CAP = 2, 8, 32, 8, 1e-6, 5.0
+HEADS, HEAD_DIM, WIDTH, EPSILON, CAP = 2, 8, 32, 1e-6, 5.0
 
 
 def expected_attention(qkv: Array, norms: Array, cos: Array, sin: Array) -> Array:
@@ -50,7 +49,7 @@ def model_bytes() -> bytes:
         "next_weight": rng.uniform(0.5, 1.5, size).astype(np.float32),
         "groups": np.array([3, 0], np.int64),
     }
-    inputs = self_test_inputs()
+    inputs = native.self_test_inputs()
     x, rows = inputs["x"], inputs["rows"]
     angles = inputs["positions"][:, None] * constants["frequencies"].astype(np.float64)
     qkv = CAP * np.tanh(quantized_product(x, codes4, scales4, 4, 32) / CAP)
@@ -104,9 +103,7 @@ def model_bytes() -> bytes:
         ),
     ]
     names = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
-    given = inputs | {"keys": np.zeros((CAPACITY, HEAD_DIM), np.float32)}
-    given |= {"value_rows": given["keys"]}
-    infos = [helper.make_tensor_value_info(name, names[array.dtype], array.shape) for name, array in given.items()]
+    infos = [helper.make_tensor_value_info(name, names[array.dtype], array.shape) for name, array in inputs.items()]
     outputs = [
         helper.make_tensor_value_info(prefix + name, names[array.dtype], array.shape)
         for prefix in ("", "expected_")
@@ -120,16 +117,5 @@ def model_bytes() -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def self_test_inputs() -> dict[str, Array]:
-    """As runtime.native feeds them."""
-    x = np.linspace(-1, 1, 3 * WIDTH, dtype=np.float32).reshape(3, WIDTH) ** 3
-    return {
-        "x": x,
-        "row": x[:1],
-        "positions": np.arange(3, dtype=np.int64),
-        "rows": np.array([0, 3, 0], np.int64),
-    }
-
-
 if __name__ == "__main__":
-    PATH.write_bytes(model_bytes())
+    native.SELF_TEST.write_bytes(model_bytes())
