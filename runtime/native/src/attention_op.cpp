@@ -11,27 +11,30 @@ namespace {
 constexpr int kMaxHeads = 256;
 constexpr int kMaxHeadDim = 1024;
 constexpr int kSmallTokens = 2;        // preparing so few takes less than handing them to other threads
-constexpr int kWaveSegments = 64;      // partial results that are held at once for each tile
-constexpr int64_t kMaxRows = 1 << 24;  // of a KV array: a float32 counts them exactly
+constexpr int kSharingTiles = 16;      // up to so many tiles share each segment's rows, for more each thread has its own
+constexpr int kWaveStates = 256;       // partial results that are held at once
+constexpr int kTilesAtOnce = 4;        // of one thread's own, for which a segment's rows stay in the cache
+constexpr int64_t kMaxRows = 1 << 24;  // of a KV array
+constexpr float kEmptyScore = -1e30f;  // below any score; finite, so that differences of two are numbers
 
-// Queries of one KV head, 8 or 16 of them in the lanes of vectors: query q is token q / group, head q % group.
+// The queries of one token that share a KV head, at most kTileQueries of them.
 struct Tile {
-    int kv_head, first_query, num_queries, num_lanes;
-    float* queries;  // [head_dim][num_lanes]
-    float first_visible[kMaxQueryRows], last_visible[kMaxQueryRows];
-    int first_row, last_row;  // rows that some query sees, the last one included
+    int kv_head, token, first_head, num_queries;
+    int first_row, stop_row;  // rows that the token sees
 };
 
-// An AttentionState in one stretch of memory.
-size_t state_floats(int head_dim) { return size_t(kMaxQueryRows) * size_t(head_dim + 2); }
+int padded(int head_dim) { return (head_dim + kRowFloats - 1) / kRowFloats * kRowFloats; }
 
-AttentionState state_at(float* memory) { return {memory, memory + kMaxQueryRows, memory + 2 * kMaxQueryRows}; }
+// An AttentionState in one stretch of memory.
+size_t state_floats(int head_dim) { return size_t(kTileQueries) * size_t(padded(head_dim) + 2); }
+
+AttentionState state_at(float* memory) { return {memory, memory + kTileQueries, memory + 2 * kTileQueries}; }
 
 AttentionState empty_state_at(float* memory, int head_dim) {
     const AttentionState state = state_at(memory);
-    std::fill_n(state.largest, kMaxQueryRows, -1e30f);
-    std::fill_n(state.sum, kMaxQueryRows, 0.0f);
-    std::fill_n(state.output, size_t(head_dim) * kMaxQueryRows, 0.0f);
+    std::fill_n(state.largest, kTileQueries, kEmptyScore);
+    std::fill_n(state.sum, kTileQueries, 0.0f);
+    std::fill_n(state.output, size_t(padded(head_dim)) * kTileQueries, 0.0f);
     return state;
 }
 
@@ -66,7 +69,8 @@ CachedAttention::CachedAttention(const Attributes& attributes)
     require(num_heads_ % num_kv_heads_ == 0, "num_heads is no multiple of num_kv_heads");
 }
 
-// One run: its inputs, checked, and the queries in tiles.
+// One run: its inputs, checked, and the queries in tiles. Whatever the other tokens are, a query is computed from the
+// same pieces in the same order.
 class CachedAttention::Call {
    public:
     Call(const CachedAttention& op, const Context& context) : op_(op), context_(context) {
@@ -76,8 +80,8 @@ class CachedAttention::Call {
             const Tensor keys = context.input(size_t(5 + 2 * head)), values = context.input(size_t(6 + 2 * head));
             require(keys.last() == head_dim_ && values.last() == head_dim_, "a KV row has another size than head_dim");
             require(stop_ <= std::min(keys.num_rows(), values.num_rows()), "rows lie outside of the KV arrays");
-            keys_[head] = static_cast<float*>(keys.data);
-            values_[head] = static_cast<float*>(values.data);
+            keys_[head] = static_cast<uint16_t*>(keys.data);
+            values_[head] = static_cast<uint16_t*>(values.data);
         }
     }
 
@@ -86,14 +90,14 @@ class CachedAttention::Call {
 
     void run(float* y) {
         static thread_local Scratch scratch;
-        const size_t queries = size_t(num_tiles()) * size_t(head_dim_) * kMaxQueryRows;
-        const bool by_segment = size_t(num_tiles()) < 2 * std::min<size_t>(Context::max_threads(), 16);
-        const size_t states = by_segment ? size_t(num_tiles()) * (kWaveSegments + 1) * state_floats(head_dim_) : 0;
-        auto* memory = static_cast<float*>(scratch.get(sizeof(float) * (queries + states)));
-        std::fill_n(memory, queries, 0.0f);
-        make_tiles(memory);
+        make_tiles();
+        const bool is_shared = num_tiles() <= kSharingTiles;
+        const size_t queries = size_t(num_tiles()) * kTileQueries * size_t(padded(head_dim_));
+        const size_t states = is_shared ? size_t(num_tiles() + kWaveStates) * state_floats(head_dim_) : 0;
+        queries_ = static_cast<float*>(scratch.get(sizeof(float) * (queries + states)));
+        std::fill_n(queries_, queries, 0.0f);
         prepare();
-        if (by_segment) attend_by_segment(memory + queries, y);
+        if (is_shared) attend_by_segment(queries_ + queries, y);
         else attend_by_tile(y);
         require(!out_of_memory_, "out of memory");
     }
@@ -132,8 +136,9 @@ class CachedAttention::Call {
         position_ = int(position);
     }
 
-    int num_tiles() const { return tiles_of_a_kv_head() * op_.num_kv_heads_; }
-    int tiles_of_a_kv_head() const { return (num_tokens_ * group_ + kMaxQueryRows - 1) / kMaxQueryRows; }
+    int num_tiles() const { return int(tiles_.size()); }
+    int tiles_of_a_kv_head() const { return (group_ + kTileQueries - 1) / kTileQueries; }
+    float* queries_of(int tile) const { return queries_ + size_t(tile) * kTileQueries * size_t(padded(head_dim_)); }
     int first_new_row() const { return stop_ - num_tokens_; }
 
     // Segments begin at multiples of kSegmentKeys tokens, wherever their rows lie in the arrays: so a query's sums
@@ -142,32 +147,17 @@ class CachedAttention::Call {
     int segment_start(int segment) const { return std::max(start_, segment * kSegmentKeys - position_ + start_); }
     int segment_stop(int segment) const { return std::min(stop_, (segment + 1) * kSegmentKeys - position_ + start_); }
 
-    void make_tiles(float* memory) {
-        const int num_queries = num_tokens_ * group_;
-        for (int kv_head = 0; kv_head < op_.num_kv_heads_; kv_head++) {
-            for (int first = 0; first < num_queries; first += kMaxQueryRows) {
-                tiles_.push_back(make_tile(kv_head, first, std::min(kMaxQueryRows, num_queries - first), memory));
-                memory += size_t(head_dim_) * kMaxQueryRows;
-            }
-        }
-    }
-
-    Tile make_tile(int kv_head, int first_query, int num_queries, float* memory) const {
-        Tile tile{kv_head, first_query, num_queries, num_queries <= 8 ? 8 : 16, memory, {}, {}, stop_, 0};
-        for (int lane = 0; lane < kMaxQueryRows; lane++) {
-            if (lane >= num_queries) {  // sees nothing
-                tile.first_visible[lane] = 1.0f;
-                tile.last_visible[lane] = 0.0f;
-                continue;
-            }
-            const int last = first_new_row() + (first_query + lane) / group_;
+    // In the order of tokens.
+    void make_tiles() {
+        tiles_.reserve(size_t(num_tokens_) * size_t(op_.num_kv_heads_) * size_t(tiles_of_a_kv_head()));
+        for (int token = 0; token < num_tokens_; token++) {
+            const int last = first_new_row() + token;
             const int first = op_.window_ ? std::max(start_, last - op_.window_ + 1) : start_;
-            tile.first_visible[lane] = float(first);
-            tile.last_visible[lane] = float(last);
-            tile.first_row = std::min(tile.first_row, first);
-            tile.last_row = std::max(tile.last_row, last);
+            for (int kv_head = 0; kv_head < op_.num_kv_heads_; kv_head++)
+                for (int offset = 0; offset < group_; offset += kTileQueries)
+                    tiles_.push_back({kv_head, token, kv_head * group_ + offset,
+                                      std::min(kTileQueries, group_ - offset), first, last + 1});
         }
-        return tile;
     }
 
     void prepare() {
@@ -187,108 +177,142 @@ class CachedAttention::Call {
         const float* head = x_.floats() + size_t(token) * size_t(x_.last());
         const float* cos = cos_.floats() + size_t(token) * size_t(dim / 2);
         const float* sin = sin_.floats() + size_t(token) * size_t(dim / 2);
-        float query[kMaxHeadDim];
+        float row[kMaxHeadDim];
         for (int h = 0; h < op_.num_heads_; h++, head += dim) {
+            const int kv_head = h / group_, offset = h % group_;
+            const int tile = (token * op_.num_kv_heads_ + kv_head) * tiles_of_a_kv_head() + offset / kTileQueries;
+            float* query = queries_of(tile) + size_t(offset % kTileQueries) * size_t(padded(dim));
             k.norm_rotate(head, norms_.floats(), dim, op_.epsilon_, cos, sin, query);
-            const int index = token * group_ + h % group_;
-            const Tile& tile = tiles_[size_t(h / group_ * tiles_of_a_kv_head() + index / kMaxQueryRows)];
-            float* lane = tile.queries + index % kMaxQueryRows;
-            for (int d = 0; d < dim; d++) lane[d * tile.num_lanes] = query[d];
         }
         if (!owns_kv_) return;
         const size_t place = size_t(first_new_row() + token) * size_t(dim);
-        for (int h = 0; h < op_.num_kv_heads_; h++, head += dim)
-            k.norm_rotate(head, norms_.floats() + dim, dim, op_.epsilon_, cos, sin, keys_[h] + place);
-        for (int h = 0; h < op_.num_kv_heads_; h++, head += dim)
-            k.norm_rotate(head, nullptr, dim, op_.epsilon_, nullptr, nullptr, values_[h] + place);
+        for (int h = 0; h < op_.num_kv_heads_; h++, head += dim) {
+            k.norm_rotate(head, norms_.floats() + dim, dim, op_.epsilon_, cos, sin, row);
+            k.to_halves(row, keys_[h] + place, dim);
+        }
+        for (int h = 0; h < op_.num_kv_heads_; h++, head += dim) {
+            k.norm_rotate(head, nullptr, dim, op_.epsilon_, nullptr, nullptr, row);
+            k.to_halves(row, values_[h] + place, dim);
+        }
     }
 
-    void attend(const Tile& tile, int segment, float* scores, const AttentionState& result) const {
-        const int first = segment_start(segment), last = segment_stop(segment);
-        bool all_visible = true;
-        for (int lane = 0; lane < tile.num_queries; lane++)
-            all_visible &= tile.first_visible[lane] <= float(first) && tile.last_visible[lane] >= float(last - 1);
+    // What a tile sees of a segment; an empty state where that is nothing.
+    void attend(int index, int segment, bool reads_ahead, float* scores, const AttentionState& result) const {
+        const Tile& tile = tiles_[size_t(index)];
+        const int first = std::max(tile.first_row, segment_start(segment));
+        const int stop = std::min(tile.stop_row, segment_stop(segment));
+        if (first >= stop) {
+            std::fill_n(result.sum, kTileQueries, 0.0f);
+            return;
+        }
         const size_t place = size_t(first) * size_t(head_dim_);
-        kernels_.attend({tile.queries, tile.num_lanes, head_dim_, keys_[tile.kv_head] + place, values_[tile.kv_head] + place,
-                         last - first, first, tile.first_visible, tile.last_visible, all_visible},
+        kernels_.attend({queries_of(index), tile.num_queries, head_dim_, padded(head_dim_), keys_[tile.kv_head] + place,
+                         values_[tile.kv_head] + place, stop - first, reads_ahead},
                         scores, result);
+    }
+
+    // Adds a segment's part to one query's state; nothing where the query sees none of the segment.
+    void merge(const AttentionState& state, const AttentionState& part, int query) const {
+        if (part.sum[query] == 0.0f) return;  // the largest score alone adds 1
+        const float largest = std::max(state.largest[query], part.largest[query]);
+        const float keep = std::exp(state.largest[query] - largest), take = std::exp(part.largest[query] - largest);
+        const size_t row = size_t(query) * size_t(padded(head_dim_));
+        state.largest[query] = largest;
+        state.sum[query] = state.sum[query] * keep + part.sum[query] * take;
+        kernels_.scale_add(part.output + row, keep, take, state.output + row, head_dim_);
     }
 
     // Many tiles: each thread takes whole ones.
     void attend_by_tile(float* y) {
-        Claims claims(num_tiles());
+        Claims claims((num_tiles() + kTilesAtOnce - 1) / kTilesAtOnce);
         auto work = [&] {
             float* memory = thread_memory();
             if (!memory) return;
-            for (int first, last; claims.next(first, last);) {
-                for (int index = first; index < last; index++) {
-                    const Tile& tile = tiles_[size_t(index)];
-                    float* scores = memory + 2 * state_floats(head_dim_);
-                    const AttentionState part = state_at(memory);
-                    const AttentionState state = empty_state_at(memory + state_floats(head_dim_), head_dim_);
-                    for (int segment = segment_of(tile.first_row); segment <= segment_of(tile.last_row); segment++) {
-                        attend(tile, segment, scores, part);
-                        kernels_.merge(state, part, head_dim_, tile.num_lanes);
-                    }
-                    write(tile, state, y);
-                }
-            }
+            for (int first, last; claims.next(first, last);)
+                for (int some = first; some < last; some++)
+                    attend_tiles(some * kTilesAtOnce, std::min((some + 1) * kTilesAtOnce, num_tiles()), memory, y);
         };
         context_.run_on_all_threads(work);
     }
 
-    // Few tiles: threads share the segments, in waves so that partial results stay bounded. Merged in the same order.
-    void attend_by_segment(float* memory, float* y) {
+    void attend_tiles(int first_tile, int last_tile, float* memory, float* y) const {
         const size_t size = state_floats(head_dim_);
-        float* parts = memory + size_t(num_tiles()) * size;
-        for (int index = 0; index < num_tiles(); index++) empty_state_at(memory + size_t(index) * size, head_dim_);
-        const int last_segment = segment_of(stop_ - 1);
-        for (int wave = segment_of(start_); wave <= last_segment; wave += kWaveSegments) {
-            const int num_segments = std::min(kWaveSegments, last_segment + 1 - wave);
-            const auto part = [&](int index, int offset) {
-                return state_at(parts + (size_t(index) * kWaveSegments + size_t(offset)) * size);
-            };
-            Claims claims(num_segments * num_tiles());
-            auto work = [&] {
-                float* scores = thread_memory();
-                if (!scores) return;
-                for (int first, last; claims.next(first, last);)
-                    for (int piece = first; piece < last; piece++)
-                        attend(tiles_[size_t(piece % num_tiles())], wave + piece / num_tiles(), scores,
-                               part(piece % num_tiles(), piece / num_tiles()));
-            };
-            if (num_segments * num_tiles() == 1) work();
-            else context_.run_on_all_threads(work);
-            if (out_of_memory_) return;
-            for (int index = 0; index < num_tiles(); index++)
-                for (int offset = 0; offset < num_segments; offset++)
-                    kernels_.merge(state_at(memory + size_t(index) * size), part(index, offset), head_dim_,
-                                   tiles_[size_t(index)].num_lanes);
+        const AttentionState part = state_at(memory);
+        float *states = memory + size, *scores = states + kTilesAtOnce * size;
+        int first_row = stop_, stop_row = 0;
+        for (int tile = first_tile; tile < last_tile; tile++) {
+            empty_state_at(states + size_t(tile - first_tile) * size, head_dim_);
+            first_row = std::min(first_row, tiles_[size_t(tile)].first_row);
+            stop_row = std::max(stop_row, tiles_[size_t(tile)].stop_row);
         }
-        for (int index = 0; index < num_tiles(); index++)
-            write(tiles_[size_t(index)], state_at(memory + size_t(index) * size), y);
+        for (int segment = segment_of(first_row); segment <= segment_of(stop_row - 1); segment++) {
+            for (int tile = first_tile; tile < last_tile; tile++) {
+                attend(tile, segment, false, scores, part);
+                const AttentionState state = state_at(states + size_t(tile - first_tile) * size);
+                for (int query = 0; query < tiles_[size_t(tile)].num_queries; query++) merge(state, part, query);
+            }
+        }
+        for (int tile = first_tile; tile < last_tile; tile++) {
+            const AttentionState state = state_at(states + size_t(tile - first_tile) * size);
+            for (int query = 0; query < tiles_[size_t(tile)].num_queries; query++) write(tile, query, state, y);
+        }
     }
 
-    // Two states and the scores of one tile; null, and noted, where there is no memory.
+    // Few tiles: threads share the segments, in waves so that partial results stay bounded, then the queries, to merge
+    // what the segments gave. Always in the order of the keys.
+    void attend_by_segment(float* memory, float* y) {
+        const size_t size = state_floats(head_dim_);
+        const int tiles = num_tiles(), wave_segments = kWaveStates / tiles, last_segment = segment_of(stop_ - 1);
+        float* parts = memory + size_t(tiles) * size;
+        for (int tile = 0; tile < tiles; tile++) empty_state_at(memory + size_t(tile) * size, head_dim_);
+        for (int wave = segment_of(start_); wave <= last_segment; wave += wave_segments) {
+            const int num_parts = std::min(wave_segments, last_segment + 1 - wave) * tiles;
+            const bool is_last = wave + wave_segments > last_segment;
+            Claims segments(num_parts), queries(tiles * kTileQueries);
+            Phase attended(num_parts);
+            auto work = [&] {
+                float* scores = thread_memory();
+                for (int first, last; segments.next(first, last); attended.done(last - first))
+                    for (int part = first; part < last && scores; part++)
+                        attend(part % tiles, wave + part / tiles, tiles_[size_t(part % tiles)].token == 0, scores,
+                               state_at(parts + size_t(part) * size));
+                attended.wait();
+                if (out_of_memory_) return;
+                for (int first, last; queries.next(first, last);) {
+                    for (int query = first; query < last; query++) {
+                        const int tile = query / kTileQueries, lane = query % kTileQueries;
+                        if (lane >= tiles_[size_t(tile)].num_queries) continue;
+                        const AttentionState state = state_at(memory + size_t(tile) * size);
+                        for (int part = tile; part < num_parts; part += tiles)
+                            merge(state, state_at(parts + size_t(part) * size), lane);
+                        if (is_last) write(tile, lane, state, y);
+                    }
+                }
+            };
+            if (num_parts == 1) work();
+            else context_.run_on_all_threads(work);
+            if (out_of_memory_) return;
+        }
+    }
+
+    // Scores, behind the states of the tiles at once and one part; null, and noted, where there is no memory.
     float* thread_memory() {
         static thread_local Scratch scratch;
         try {
-            const size_t scores = size_t(kSegmentKeys) * kMaxQueryRows;
-            return static_cast<float*>(scratch.get(sizeof(float) * (2 * state_floats(head_dim_) + scores)));
+            const size_t floats = (kTilesAtOnce + 1) * state_floats(head_dim_) + kScoreFloats;
+            return static_cast<float*>(scratch.get(sizeof(float) * floats));
         } catch (const std::bad_alloc&) {
             out_of_memory_ = true;
             return nullptr;
         }
     }
 
-    void write(const Tile& tile, const AttentionState& state, float* y) const {
-        for (int lane = 0; lane < tile.num_queries; lane++) {
-            const int query = tile.first_query + lane, token = query / group_;
-            const int head = tile.kv_head * group_ + query % group_;
-            float* row = y + (size_t(token) * size_t(op_.num_heads_) + size_t(head)) * size_t(head_dim_);
-            const float inverse = 1.0f / state.sum[lane];
-            for (int d = 0; d < head_dim_; d++) row[d] = state.output[d * tile.num_lanes + lane] * inverse;
-        }
+    void write(int tile, int query, const AttentionState& state, float* y) const {
+        const size_t head = size_t(tiles_[size_t(tile)].first_head + query);
+        float* row = y + (size_t(tiles_[size_t(tile)].token) * size_t(op_.num_heads_) + head) * size_t(head_dim_);
+        const float* output = state.output + size_t(query) * size_t(padded(head_dim_));
+        const float inverse = 1.0f / state.sum[query];
+        for (int d = 0; d < head_dim_; d++) row[d] = output[d] * inverse;
     }
 
     const CachedAttention& op_;
@@ -298,7 +322,8 @@ class CachedAttention::Call {
     int num_tokens_ = 0, head_dim_ = 0, group_ = 1;
     bool owns_kv_ = false;
     int start_ = 0, stop_ = 0, position_ = 0;  // rows [start, stop), `position` is the token of row `start`
-    float *keys_[kMaxHeads], *values_[kMaxHeads];
+    uint16_t *keys_[kMaxHeads], *values_[kMaxHeads];
+    float* queries_ = nullptr;  // [tile][kTileQueries][padded head_dim]
     std::vector<Tile> tiles_;
     std::atomic<bool> out_of_memory_{false};
 };

@@ -1,4 +1,4 @@
-// One float16 to float32, without instructions that a processor may lack.
+// float16 and float32, without instructions that a processor may lack.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,6 +15,26 @@ inline float float_of_half(uint16_t half) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// Rounded to the nearest, halfway cases to even; what is too large becomes infinite.
+inline uint16_t half_of_float(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return sign | 0x7e00u;   // NaN
+    if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // 65536 and above
+    if (magnitude < 0x38800000u) {  // subnormal: units of 2^-24, which adding 0.5 moves to a float's lowest bits
+        float units;
+        std::memcpy(&units, &magnitude, sizeof units);
+        units += 0.5f;
+        uint32_t rounded;
+        std::memcpy(&rounded, &units, sizeof rounded);
+        return sign | uint16_t(rounded - 0x3f000000u);
+    }
+    const uint32_t odd = magnitude >> 13 & 1u;
+    return sign | uint16_t((magnitude - 0x38000000u + 0xfffu + odd) >> 13);
 }
 
 }  // namespace

@@ -7,8 +7,11 @@
 namespace edge {
 
 constexpr int kMaxTileRows = 8;
-constexpr int kSegmentKeys = 64;  // keys of one attention segment, aligned to absolute positions
-constexpr int kMaxQueryRows = 16;  // queries of one attention tile: (token, head) pairs that share a KV head
+constexpr int kSegmentKeys = 64;   // keys of one attention segment, aligned to absolute positions
+constexpr int kTileQueries = 8;   // queries of one attention tile: heads of one token that share a KV head
+
+constexpr int kRowFloats = 16;       // rows of queries are padded to a multiple, for the widest vectors
+constexpr int kScoreFloats = (kSegmentKeys + kTileQueries) * kTileQueries;  // keys are scored several at once
 
 // Rows of activations, quantized to int8 with a scale for each row and block and interleaved as `multiply` reads them.
 struct QuantizedTile {
@@ -17,25 +20,23 @@ struct QuantizedTile {
     int32_t* offsets;  // [num_blocks][num_rows]: -middle * sum of the block's codes
 };
 
-// Queries of one KV head and a segment of its keys, `num_queries` rows in the lanes of a vector.
+// The queries of one token that share a KV head, and those keys of one segment that the token sees.
 struct AttentionSegment {
-    const float* queries;  // [head_dim][num_query_lanes]
-    int num_query_lanes;   // 8 or 16; lanes without a query hold zeros and see no key
+    const float* queries;  // [kTileQueries][row_size], zeros behind a query's head_dim values
+    int num_queries;       // 1 to kTileQueries; rows behind them can be read
     int head_dim;
-    const float* keys;     // [num_keys][head_dim]
-    const float* values;   // [num_keys][head_dim]
-    int num_keys;          // at most kSegmentKeys
-    int first_key;         // row of keys[0], as first_visible and last_visible count
-    const float* first_visible;  // [num_query_lanes] row of the first key that each query sees
-    const float* last_visible;   // [num_query_lanes] row of the last one
-    bool all_visible;            // every query sees every key: no masks needed
+    int row_size;            // of queries and outputs: head_dim, rounded up to a multiple of kRowFloats
+    const uint16_t* keys;    // [num_keys][head_dim] float16
+    const uint16_t* values;  // [num_keys][head_dim] float16
+    int num_keys;            // 1 to kSegmentKeys
+    bool reads_ahead;        // nobody has read these rows just now
 };
 
 // Softmax numerators of some keys: sum and output are relative to the largest score.
 struct AttentionState {
-    float* largest;  // [num_query_lanes]
-    float* sum;      // [num_query_lanes]
-    float* output;   // [head_dim][num_query_lanes]
+    float* largest;  // [kTileQueries]
+    float* sum;      // [kTileQueries]
+    float* output;   // [kTileQueries][row_size]
 };
 
 struct Kernels {
@@ -59,10 +60,12 @@ struct Kernels {
     // y = rms_norm(x) * weight, no weight where it is null; then, where cos: rotary on its halves
     void (*norm_rotate)(const float* x, const float* weight, int size, float epsilon, const float* cos,
                         const float* sin, float* y);
-    // Softmax numerators of one segment; `scores` is scratch [kSegmentKeys][num_query_lanes].
+    // y = x as float16, rounded to the nearest, halfway cases to even
+    void (*to_halves)(const float* x, uint16_t* y, int count);
+    // Softmax numerators of one segment; `scores` is scratch of kScoreFloats.
     void (*attend)(const AttentionSegment& segment, float* scores, const AttentionState& result);
-    // state += other, as if their keys had been one list.
-    void (*merge)(const AttentionState& state, const AttentionState& other, int head_dim, int num_query_lanes);
+    // y = keep * y + take * x
+    void (*scale_add)(const float* x, float keep, float take, float* y, int count);
     // The largest x, NaN where there is one.
     float (*largest)(const float* x, int count);
 };

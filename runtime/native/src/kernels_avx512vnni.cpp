@@ -180,17 +180,6 @@ void multiply(const uint8_t* panel, const MatrixShape& shape, const QuantizedTil
     else multiply_bits<8>(panel, shape, tile, num_rows, y);
 }
 
-// 8 queries fill half a register: then 8 lanes at a time are as fast, and no lane computes for nothing.
-void attend_tile(const AttentionSegment& segment, float* scores, const AttentionState& result) {
-    if (segment.num_query_lanes == 8) attend<Vec8, 8, 8>(segment, scores, result);
-    else attend<Vec16, 8, 16>(segment, scores, result);
-}
-
-void merge_tile(const AttentionState& state, const AttentionState& other, int head_dim, int num_query_lanes) {
-    if (num_query_lanes == 8) merge<Vec8>(state, other, head_dim, num_query_lanes);
-    else merge<Vec16>(state, other, head_dim, num_query_lanes);
-}
-
 constexpr edge::Kernels table = {
     "avx512vnni",
     8,
@@ -201,8 +190,9 @@ constexpr edge::Kernels table = {
     softcap<Vec16>,
     norm_add<Vec16>,
     norm_rotate<Vec16>,
-    attend_tile,
-    merge_tile,
+    to_halves<Vec16>,
+    attend<Vec16, Vec8, 16>,
+    scale_add<Vec16>,
     largest_of<Vec16>,
 };
 

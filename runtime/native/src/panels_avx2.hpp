@@ -162,17 +162,22 @@ void multiply(const uint8_t* panel, const MatrixShape& shape, const QuantizedTil
     else multiply_bits<P, 8>(panel, shape, tile, num_rows, y);
 }
 
-// 16 queries as pairs of registers: one broadcast of a key's element then serves two of them.
-void attend_tile(const AttentionSegment& segment, float* scores, const AttentionState& result) {
-    if (segment.num_query_lanes == 8) attend<Vec8, 12, 12>(segment, scores, result);
-    else attend<Pair<Vec8>, 6, 6, 2>(segment, scores, result);
-}
-
 // The table of an instruction set that sums products as P does.
 template <class P>
 constexpr edge::Kernels table_of(const char* name, int num_tile_rows) {
-    return {name,           edge::kMaxTileRows, num_tile_rows,     quantize,    multiply<P>, gelu_multiply<Vec8>,
-            softcap<Vec8>,  norm_add<Vec8>,     norm_rotate<Vec8>, attend_tile, merge<Vec8>, largest_of<Vec8>};
+    return {name,
+            edge::kMaxTileRows,
+            num_tile_rows,
+            quantize,
+            multiply<P>,
+            gelu_multiply<Vec8>,
+            softcap<Vec8>,
+            norm_add<Vec8>,
+            norm_rotate<Vec8>,
+            to_halves<Vec8>,
+            attend<Vec8, Vec8, 8>,
+            scale_add<Vec8>,
+            largest_of<Vec8>};
 }
 
 }  // namespace

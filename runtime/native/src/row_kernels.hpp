@@ -13,31 +13,7 @@ namespace {
 
 using edge::AttentionSegment;
 using edge::AttentionState;
-using edge::kMaxQueryRows;
-
-// Two registers as one vector: then one element of a key serves two registers of queries.
-template <class V>
-struct Pair {
-    struct T {
-        typename V::T a, b;
-    };
-    static constexpr int lanes = 2 * V::lanes;
-    static T load(const float* p) { return {V::load(p), V::load(p + V::lanes)}; }
-    static void store(float* p, T x) { V::store(p, x.a), V::store(p + V::lanes, x.b); }
-    static T set(float x) { return {V::set(x), V::set(x)}; }
-    static T add(T x, T y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
-    static T sub(T x, T y) { return {V::sub(x.a, y.a), V::sub(x.b, y.b)}; }
-    static T mul(T x, T y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
-    static T fma(T x, T y, T z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
-    static T max(T x, T y) { return {V::max(x.a, y.a), V::max(x.b, y.b)}; }
-    static T round(T x) { return {V::round(x.a), V::round(x.b)}; }
-    static T power_of_two(T n) { return {V::power_of_two(n.a), V::power_of_two(n.b)}; }
-    static T choose(T x, T low, T high, T value, T other) {
-        return {V::choose(x.a, low.a, high.a, value.a, other.a), V::choose(x.b, low.b, high.b, value.b, other.b)};
-    }
-};
-
-constexpr float kEmptyScore = -1e30f;  // below any score; finite, so that differences of two are numbers
+using edge::kTileQueries;
 
 // Up to V::lanes floats; the rest of the vector is zero.
 template <class V>
@@ -174,113 +150,138 @@ void norm_rotate(const float* x, const float* weight, int size, float epsilon, c
     }
 }
 
-// scores[key][lane] = query . key, for KEYS keys at a time so that each query vector is loaded once for all of them.
-template <class V, int KEYS>
-inline void score_keys(const AttentionSegment& s, int key, int lane, float* scores) {
-    const float* rows = s.keys + size_t(key) * size_t(s.head_dim);
-    typename V::T sums[KEYS];
-    for (int k = 0; k < KEYS; k++) sums[k] = V::set(0.0f);
-    for (int d = 0; d < s.head_dim; d++) {
-        const auto query = V::load(s.queries + size_t(d) * size_t(s.num_query_lanes) + lane);
-        UNROLL for (int k = 0; k < KEYS; k++)
-            sums[k] = V::fma(V::set(rows[size_t(k) * size_t(s.head_dim) + d]), query, sums[k]);
-    }
-    for (int k = 0; k < KEYS; k++) V::store(scores + size_t(key + k) * size_t(s.num_query_lanes) + lane, sums[k]);
-}
-
-// output[d][lane] += weight[key][lane] * value[key][d], for DIMS dimensions at a time.
-template <class V, int DIMS>
-inline void add_values(const AttentionSegment& s, int first_key, int last_key, int dim, int lane, const float* weights,
-                       float* output) {
-    const size_t lanes = size_t(s.num_query_lanes);
-    typename V::T sums[DIMS];
-    for (int d = 0; d < DIMS; d++) sums[d] = V::load(output + size_t(dim + d) * lanes + lane);
-    for (int key = first_key; key < last_key; key++) {
-        const auto weight = V::load(weights + size_t(key) * lanes + lane);
-        const float* row = s.values + size_t(key) * size_t(s.head_dim) + dim;
-        UNROLL for (int d = 0; d < DIMS; d++) sums[d] = V::fma(V::set(row[d]), weight, sums[d]);
-    }
-    for (int d = 0; d < DIMS; d++) V::store(output + size_t(dim + d) * lanes + lane, sums[d]);
-}
-
-// Largest visible score of each lane; scores of invisible keys become minus infinity.
+// Up to V::lanes halves as floats; the rest of the vector is zero.
 template <class V>
-inline typename V::T mask_and_find_largest(const AttentionSegment& s, int lane, float* scores) {
-    const auto first = V::load(s.first_visible + lane), last = V::load(s.last_visible + lane);
-    auto largest = V::set(kEmptyScore);
-    for (int key = 0; key < s.num_keys; key++) {
-        float* place = scores + size_t(key) * size_t(s.num_query_lanes) + lane;
-        auto score = V::load(place);
-        if (!s.all_visible) {
-            score = V::choose(V::set(float(s.first_key + key)), first, last, score, V::set(-INFINITY));
-            V::store(place, score);
-        }
-        largest = V::max(largest, score);
+inline typename V::T load_halves(const uint16_t* p, int count) {
+    if (count >= V::lanes) return V::load_halves(p);
+    uint16_t padded[V::lanes] = {};
+    std::memcpy(padded, p, sizeof(uint16_t) * size_t(count));
+    return V::load_halves(padded);
+}
+
+// Rounded to the nearest, halfway cases to even.
+template <class V>
+void to_halves(const float* x, uint16_t* y, int count) {
+    int i = 0;
+    for (; i + V::lanes <= count; i += V::lanes) V::store_halves(y + i, V::load(x + i));
+    if (i == count) return;
+    uint16_t padded[V::lanes];
+    V::store_halves(padded, load_part<V>(x + i, count - i));
+    std::memcpy(y + i, padded, sizeof(uint16_t) * size_t(count - i));
+}
+
+// Asks for one cache line of rows that are needed soon. Past the last row is harmless.
+inline void read_ahead(const AttentionSegment& s, int key, int num_keys, int dim) {
+    constexpr int kKeysAhead = 8;
+    for (int k = key; k < key + num_keys; k++) {
+        __builtin_prefetch(s.keys + size_t(k + kKeysAhead) * size_t(s.head_dim) + dim, 0, 3);
+        __builtin_prefetch(s.values + size_t(k) * size_t(s.head_dim) + dim, 0, 2);
     }
-    return largest;
 }
 
-// Asks for rows that are needed soon: the hardware does not foresee strides of a row.
-inline void read_ahead(const float* rows, int num_rows, int row_size) {
-    const auto* bytes = reinterpret_cast<const char*>(rows);
-    const size_t size = sizeof(float) * size_t(num_rows) * size_t(row_size);
-    for (size_t line = 0; line < size; line += 64) __builtin_prefetch(bytes + line, 0, 2);
-}
-
-// V is as wide as it divides num_query_lanes. KEYS keys and DIMS dimensions stay in registers, enough of them that
-// their sums hide each other's latency; what is left over goes TAIL at a time. None of them changes a result.
-template <class V, int KEYS, int DIMS, int TAIL = 4>
-void attend(const AttentionSegment& s, float* scores, const AttentionState& result) {
-    constexpr int kKeysAtOnce = 32;  // value rows that stay in the nearest cache while all their dimensions are added
-    const size_t lanes = size_t(s.num_query_lanes);
-    for (int lane = 0; lane < s.num_query_lanes; lane += V::lanes) {
-        int key = 0;
-        for (; key + KEYS <= s.num_keys; key += KEYS) {
-            if (lane == 0 && key + 2 * KEYS <= s.num_keys) {
-                read_ahead(s.keys + size_t(key + KEYS) * size_t(s.head_dim), KEYS, s.head_dim);
-                read_ahead(s.values + size_t(key) * size_t(s.head_dim), KEYS, s.head_dim);
-            }
-            score_keys<V, KEYS>(s, key, lane, scores);
+// scores[key][query] = query . key for KEYS keys from `key` on; the last key stands for those behind it.
+template <class V, int QUERIES, int KEYS>
+inline void score_keys(const AttentionSegment& s, int key, float* scores) {
+    constexpr int kSums = KEYS * QUERIES, kLineDims = 32;
+    static_assert(kSums % V::lanes == 0, "sums are folded a vector at a time");
+    const uint16_t* rows[KEYS];
+    for (int k = 0; k < KEYS; k++) {
+        const int row = key + k < s.num_keys ? key + k : s.num_keys - 1;
+        rows[k] = s.keys + size_t(row) * size_t(s.head_dim);
+    }
+    typename V::T sums[kSums];
+    UNROLL for (int i = 0; i < kSums; i++) sums[i] = V::set(0.0f);
+    const auto add = [&](int d, const typename V::T (&parts)[KEYS]) {
+        UNROLL for (int q = 0; q < QUERIES; q++) {
+            const auto query = V::load(s.queries + size_t(q) * size_t(s.row_size) + d);
+            UNROLL for (int k = 0; k < KEYS; k++)
+                sums[k * QUERIES + q] = V::fma(parts[k], query, sums[k * QUERIES + q]);
         }
-        for (; key + TAIL <= s.num_keys; key += TAIL) score_keys<V, TAIL>(s, key, lane, scores);
-        for (; key < s.num_keys; key++) score_keys<V, 1>(s, key, lane, scores);
-        const auto largest = mask_and_find_largest<V>(s, lane, scores);
+    };
+    int d = 0;
+    for (; d + V::lanes <= s.head_dim; d += V::lanes) {
+        if (s.reads_ahead && d % kLineDims == 0) read_ahead(s, key, KEYS, d);
+        typename V::T parts[KEYS];
+        UNROLL for (int k = 0; k < KEYS; k++) parts[k] = V::load_halves(rows[k] + d);
+        add(d, parts);
+    }
+    if (d < s.head_dim) {
+        typename V::T parts[KEYS];
+        for (int k = 0; k < KEYS; k++) parts[k] = load_halves<V>(rows[k] + d, s.head_dim - d);
+        add(d, parts);
+    }
+    float totals[kSums];
+    for (int i = 0; i < kSums; i += V::lanes) V::store(totals + i, V::fold(sums + i));
+    for (int k = 0; k < KEYS; k++)
+        std::memcpy(scores + size_t(key + k) * kTileQueries, totals + k * QUERIES, sizeof(float) * QUERIES);
+}
+
+// output[query][dim ...] = sum of weights[key][query] * value[key][dim ...], for VECTORS vectors of dimensions.
+template <class V, int QUERIES, int VECTORS, bool WHOLE>
+inline void add_values(const AttentionSegment& s, int dim, const float* weights, float* output) {
+    typename V::T sums[QUERIES][VECTORS];
+    UNROLL for (int q = 0; q < QUERIES; q++)
+        UNROLL for (int v = 0; v < VECTORS; v++) sums[q][v] = V::set(0.0f);
+    for (int key = 0; key < s.num_keys; key++) {
+        const uint16_t* row = s.values + size_t(key) * size_t(s.head_dim) + dim;
+        typename V::T parts[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; v++)
+            parts[v] = load_halves<V>(row + v * V::lanes, WHOLE ? V::lanes : s.head_dim - dim);
+        UNROLL for (int q = 0; q < QUERIES; q++) {
+            const auto weight = V::set(weights[key * kTileQueries + q]);
+            UNROLL for (int v = 0; v < VECTORS; v++) sums[q][v] = V::fma(parts[v], weight, sums[q][v]);
+        }
+    }
+    for (int q = 0; q < QUERIES; q++)
+        for (int v = 0; v < VECTORS; v++)
+            V::store(output + size_t(q) * size_t(s.row_size) + size_t(dim + v * V::lanes), sums[q][v]);
+}
+
+// Scores become softmax numerators, relative to each query's largest. Lanes without a query hold anything.
+template <class V>
+void exponentiate(const AttentionSegment& s, float* scores, const AttentionState& result) {
+    for (int lane = 0; lane < kTileQueries; lane += V::lanes) {
+        auto largest = V::load(scores + lane);
+        for (int key = 1; key < s.num_keys; key++) largest = V::max(largest, V::load(scores + key * kTileQueries + lane));
         auto sum = V::set(0.0f);
-        for (key = 0; key < s.num_keys; key++) {
-            float* place = scores + size_t(key) * lanes + lane;
+        for (int key = 0; key < s.num_keys; key++) {
+            float* place = scores + key * kTileQueries + lane;
             const auto weight = exp_negative<V>(V::sub(V::load(place), largest));
             V::store(place, weight);
             sum = V::add(sum, weight);
         }
         V::store(result.largest + lane, largest);
         V::store(result.sum + lane, sum);
-        for (int d = 0; d < s.head_dim; d++) V::store(result.output + size_t(d) * lanes + lane, V::set(0.0f));
-        for (int first = 0; first < s.num_keys; first += kKeysAtOnce) {
-            const int last = first + kKeysAtOnce < s.num_keys ? first + kKeysAtOnce : s.num_keys;
-            float* sums = result.output;
-            int dim = 0;
-            for (; dim + DIMS <= s.head_dim; dim += DIMS) add_values<V, DIMS>(s, first, last, dim, lane, scores, sums);
-            for (; dim + TAIL <= s.head_dim; dim += TAIL) add_values<V, TAIL>(s, first, last, dim, lane, scores, sums);
-            for (; dim < s.head_dim; dim++) add_values<V, 1>(s, first, last, dim, lane, scores, sums);
-        }
     }
 }
 
+// SUMS sums stay in registers, enough that they hide each other's latency. None of the sizes changes a result.
+template <class V, class Lanes, int QUERIES, int SUMS>
+void attend_queries(const AttentionSegment& s, float* scores, const AttentionState& result) {
+    constexpr int kKeys = SUMS / QUERIES, kVectors = SUMS / QUERIES;
+    for (int key = 0; key < s.num_keys; key += kKeys) score_keys<V, QUERIES, kKeys>(s, key, scores);
+    exponentiate<Lanes>(s, scores, result);
+    int dim = 0;
+    for (; dim + kVectors * V::lanes <= s.head_dim; dim += kVectors * V::lanes)
+        add_values<V, QUERIES, kVectors, true>(s, dim, scores, result.output);
+    for (; dim < s.head_dim; dim += V::lanes) add_values<V, QUERIES, 1, false>(s, dim, scores, result.output);
+}
+
+// V holds dimensions, Lanes queries.
+template <class V, class Lanes, int SUMS>
+void attend(const AttentionSegment& segment, float* scores, const AttentionState& result) {
+    if (segment.num_queries <= 4) attend_queries<V, Lanes, 4, SUMS>(segment, scores, result);
+    else attend_queries<V, Lanes, kTileQueries, SUMS>(segment, scores, result);
+}
+
+// y = keep * y + take * x
 template <class V>
-void merge(const AttentionState& state, const AttentionState& other, int head_dim, int num_query_lanes) {
-    const size_t lanes = size_t(num_query_lanes);
-    for (int lane = 0; lane < num_query_lanes; lane += V::lanes) {
-        const auto mine = V::load(state.largest + lane), theirs = V::load(other.largest + lane);
-        const auto largest = V::max(mine, theirs);
-        const auto keep = exp_negative<V>(V::sub(mine, largest)), take = exp_negative<V>(V::sub(theirs, largest));
-        V::store(state.largest + lane, largest);
-        const auto kept_sum = V::mul(V::load(state.sum + lane), keep);
-        V::store(state.sum + lane, V::fma(V::load(other.sum + lane), take, kept_sum));
-        for (int d = 0; d < head_dim; d++) {
-            float* place = state.output + size_t(d) * lanes + lane;
-            const auto kept = V::mul(V::load(place), keep);
-            V::store(place, V::fma(V::load(other.output + size_t(d) * lanes + lane), take, kept));
-        }
+void scale_add(const float* x, float keep, float take, float* y, int count) {
+    const auto keeps = V::set(keep), takes = V::set(take);
+    for (int i = 0; i < count; i += V::lanes) {
+        const int left = count - i;
+        const auto kept = V::mul(load_part<V>(y + i, left), keeps);
+        store_part<V>(y + i, V::fma(load_part<V>(x + i, left), takes, kept), left);
     }
 }
 

@@ -26,6 +26,10 @@ struct Vec4 {
     static T choose(T x, T low, T high, T value, T other) {
         return vbslq_f32(vandq_u32(vcleq_f32(low, x), vcleq_f32(x, high)), value, other);
     }
+    static T load_halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static void store_halves(uint16_t* p, T a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+    // Lane i is the sum of vector i of 4.
+    static T fold(const T* a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
     static float sum(T a) { return vaddvq_f32(a); }
     static bool any_above(T a, T limit) { return vminvq_u32(vcleq_f32(a, limit)) == 0; }
 };

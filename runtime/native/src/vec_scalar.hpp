@@ -2,6 +2,8 @@
 #pragma once
 #include <cmath>
 
+#include "float16.hpp"
+
 namespace {
 
 struct Vec1 {
@@ -21,6 +23,9 @@ struct Vec1 {
     static T power_of_two(T n) { return __builtin_ldexpf(1.0f, int(n)); }
     // value where low <= x <= high, else other
     static T choose(T x, T low, T high, T value, T other) { return low <= x && x <= high ? value : other; }
+    static T load_halves(const uint16_t* p) { return float_of_half(*p); }
+    static void store_halves(uint16_t* p, T a) { *p = half_of_float(a); }
+    static T fold(const T* a) { return *a; }
     static float sum(T a) { return a; }
     static bool any_above(T a, T limit) { return !(a <= limit); }
 };
