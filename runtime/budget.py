@@ -20,9 +20,9 @@ FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the dat
 # portable attention: scores, their masks and what the arena keeps of shorter ones (measured on E2B, 2,000 and 6,000
 # tokens)
 SCORE_COPIES = 6
-# of runtime/native/src/attention_op.cpp: partial sums of this many segments are held for each tile of 16 queries; where
-# tiles are fewer than twice the threads, of which 16 count
-WAVE_SEGMENTS, SEGMENT_KEYS, TILE_QUERIES, COUNTED_THREADS = 64, 64, 16, 16
+# of runtime/native/src/attention_op.cpp and kernels.hpp; of the threads, each with scratch of its own, 16 count
+TILE_QUERIES, TILES_AT_ONCE, SHARING_TILES, WAVE_STATES = 8, 4, 16, 256
+SEGMENT_KEYS, COUNTED_THREADS = 64, 16
 
 
 def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: int) -> int:
@@ -97,12 +97,15 @@ def _scratch_bytes(model: ModelConfig, num_tokens: int) -> int:
     head_dim = max(layer.head_dim for layer in model.layers)
     widest = max(model.hidden_size, model.num_heads * head_dim, *(layer.intermediate_size for layer in model.layers))
     quantized = num_tokens * (widest + 2 * FLOAT_BYTES * -(-widest // 32))  # a scale and a sum a block
-    # each KV head's last tile may be almost empty
-    num_tiles = model.num_heads + -(-num_tokens * model.num_heads // TILE_QUERIES)
+    tiles_of_a_token = max(
+        layer.num_kv_heads * -(-model.num_heads // layer.num_kv_heads // TILE_QUERIES) for layer in model.layers
+    )
+    num_tiles = num_tokens * tiles_of_a_token
     queries = FLOAT_BYTES * num_tiles * TILE_QUERIES * head_dim
-    partial = FLOAT_BYTES * TILE_QUERIES * (head_dim + 2)
-    waves = min(num_tiles, 2 * num_threads) * (WAVE_SEGMENTS + 1) * partial
-    return quantized + queries + waves + num_threads * (2 * partial + FLOAT_BYTES * SEGMENT_KEYS * TILE_QUERIES)
+    state = FLOAT_BYTES * TILE_QUERIES * (head_dim + 2)
+    shared = (min(num_tiles, SHARING_TILES) + WAVE_STATES) * state
+    scores = FLOAT_BYTES * TILE_QUERIES * (SEGMENT_KEYS + TILE_QUERIES)
+    return quantized + queries + shared + num_threads * ((TILES_AT_ONCE + 1) * state + scores)
 
 
 def _mib(num_bytes: int) -> str:

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "float16.hpp"
 #include "kernels.hpp"
 
 using edge::AttentionSegment;
@@ -208,99 +209,80 @@ void check_scalar_multiply() {
 
 // ---- attention
 
-struct Attention {
-    int num_queries, lanes, head_dim, num_keys, first_key;
-    Floats queries, keys, values, first_visible, last_visible;  // queries [head_dim][lanes]
+using Halves = std::vector<uint16_t>;
 
-    Attention(int num_queries, int lanes, int head_dim, int num_keys, int first_key)
+struct Attention {
+    int num_queries, head_dim, num_keys, row_size;
+    Floats queries;       // [kTileQueries][row_size]
+    Halves keys, values;  // [num_keys][head_dim]
+
+    Attention(int num_queries, int head_dim, int num_keys)
         : num_queries(num_queries),
-          lanes(lanes),
           head_dim(head_dim),
           num_keys(num_keys),
-          first_key(first_key),
-          queries(size_t(head_dim * lanes)),
-          keys(random_floats(size_t(num_keys * head_dim))),
-          values(random_floats(size_t(num_keys * head_dim))),
-          first_visible(size_t(lanes), 1.0f),
-          last_visible(size_t(lanes), 0.0f) {
-        for (int d = 0; d < head_dim; d++)
-            for (int query = 0; query < num_queries; query++) queries[size_t(d * lanes + query)] = random_float();
-        see(first_key, first_key + num_keys - 1);
+          row_size((head_dim + edge::kRowFloats - 1) / edge::kRowFloats * edge::kRowFloats),
+          queries(size_t(edge::kTileQueries * row_size)),
+          keys(random_halves(size_t(num_keys * head_dim))),
+          values(random_halves(size_t(num_keys * head_dim))) {
+        for (int query = 0; query < num_queries; query++)
+            for (int d = 0; d < head_dim; d++) queries[size_t(query * row_size + d)] = random_float();
     }
 
-    // Scores of keys up to `last` near +150, the others' near -150.
-    void raise_until(int last) {
-        for (int query = 0; query < num_queries; query++) queries[size_t(query)] = 15.0f;
-        for (int key = 0; key < num_keys; key++) keys[size_t(key * head_dim)] = key < last ? 10.0f : -10.0f;
+    static Halves random_halves(size_t count) {
+        Halves halves(count);
+        for (uint16_t& half : halves) half = half_of_float(random_float());
+        return halves;
     }
 
-    void see(int first, int last) {
-        for (int query = 0; query < num_queries; query++) {
-            first_visible[size_t(query)] = float(first);
-            last_visible[size_t(query)] = float(std::max(first, last - query % 3));  // as causal rows differ
-        }
-    }
-
-    bool sees(int query, int key) const {
-        return first_visible[size_t(query)] <= float(first_key + key) &&
-               float(first_key + key) <= last_visible[size_t(query)];
-    }
-
-    // Keys [first, last) only.
+    // Keys [first, last).
     Attention part(int first, int last) const {
         Attention result = *this;
         result.num_keys = last - first;
-        result.first_key = first_key + first;
         result.keys.assign(keys.begin() + first * head_dim, keys.begin() + last * head_dim);
         result.values.assign(values.begin() + first * head_dim, values.begin() + last * head_dim);
         return result;
     }
 
-    // The same queries, in lanes [lane, lane + num_queries) of `num_lanes`.
-    Attention moved(int lane, int num_lanes) const {
+    // Query `from` in the place of query `to`, alone with zeros before it.
+    Attention moved(int from, int to) const {
         Attention result = *this;
-        result.lanes = num_lanes;
-        result.queries.assign(size_t(head_dim * num_lanes), 0.0f);
-        result.first_visible.assign(size_t(num_lanes), 1.0f);
-        result.last_visible.assign(size_t(num_lanes), 0.0f);
-        for (int query = 0; query < num_queries; query++) {
-            for (int d = 0; d < head_dim; d++)
-                result.queries[size_t(d * num_lanes + lane + query)] = queries[size_t(d * lanes + query)];
-            result.first_visible[size_t(lane + query)] = first_visible[size_t(query)];
-            result.last_visible[size_t(lane + query)] = last_visible[size_t(query)];
-        }
+        result.num_queries = to + 1;
+        std::fill(result.queries.begin(), result.queries.end(), 0.0f);
+        std::copy_n(queries.begin() + from * row_size, row_size, result.queries.begin() + to * row_size);
         return result;
     }
 };
 
 struct State {
-    State(int lanes, int head_dim)
-        : largest(size_t(lanes), 7.0f), sum(size_t(lanes), 7.0f), output(size_t(lanes * head_dim), 7.0f) {}
+    State(int head_dim, int row_size)
+        : head_dim(head_dim),
+          row_size(row_size),
+          largest(edge::kTileQueries, 7.0f),
+          sum(edge::kTileQueries, 7.0f),
+          output(size_t(edge::kTileQueries * row_size), 7.0f) {}
     AttentionState view() { return {largest.data(), sum.data(), output.data()}; }
-    // Largest, sum and output of `count` lanes from `lane` on.
-    Floats of_lanes(int lane, int count) const {
-        Floats all;
-        const int lanes = int(sum.size());
-        for (const Floats* part : {&largest, &sum, &output})
-            for (int i = 0; i < int(part->size()); i++)
-                if (i % lanes >= lane && i % lanes < lane + count) all.push_back((*part)[size_t(i)]);
+    // Largest, sum and output of one query.
+    Floats of(int query) const {
+        Floats all = {largest[size_t(query)], sum[size_t(query)]};
+        const auto row = output.begin() + query * row_size;
+        all.insert(all.end(), row, row + head_dim);
         return all;
     }
+    int head_dim, row_size;
     Floats largest, sum, output;
 };
 
-State attend(const Kernels& table, const Attention& a, bool all_visible = false) {
-    State state(a.lanes, a.head_dim);
-    Floats scores(size_t(edge::kSegmentKeys * a.lanes));
-    const AttentionSegment segment{a.queries.data(),      a.lanes,    a.head_dim,  a.keys.data(),
-                                   a.values.data(),       a.num_keys, a.first_key, a.first_visible.data(),
-                                   a.last_visible.data(), all_visible};
+State attend(const Kernels& table, const Attention& a, bool reads_ahead = false) {
+    State state(a.head_dim, a.row_size);
+    Floats scores(edge::kScoreFloats);
+    const AttentionSegment segment{a.queries.data(), a.num_queries,   a.head_dim, a.row_size,
+                                   a.keys.data(),    a.values.data(), a.num_keys, reads_ahead};
     table.attend(segment, scores.data(), state.view());
     return state;
 }
 
-// Softmax over the visible keys in double precision. An error d of a score is a factor of 1 + d on a weight, and scores
-// sum head_dim products, each below 1: d < head_dim * |score|_1 * 2^-24. exp adds 2^-22, sums a rounding for each key.
+// Softmax over the keys in double precision. An error d of a score is a factor of 1 + d on a weight, and scores sum
+// head_dim products, each below 1: d < head_dim * |score|_1 * 2^-24. exp adds 2^-22, sums a rounding for each key.
 void expect_attention(const Attention& a, const State& state, const std::string& what) {
     for (int query = 0; query < a.num_queries; query++) {
         std::vector<double> weights(size_t(a.num_keys), 0.0), output(size_t(a.head_dim), 0.0);
@@ -308,69 +290,92 @@ void expect_attention(const Attention& a, const State& state, const std::string&
         for (int key = 0; key < a.num_keys; key++) {
             double absolute = 0.0;
             for (int d = 0; d < a.head_dim; d++) {
-                const double product =
-                    double(a.queries[size_t(d * a.lanes + query)]) * double(a.keys[size_t(key * a.head_dim + d)]);
+                const double product = double(a.queries[size_t(query * a.row_size + d)]) *
+                                       double(float_of_half(a.keys[size_t(key * a.head_dim + d)]));
                 weights[size_t(key)] += product, absolute += std::fabs(product);
             }
             most = std::max(most, absolute);
-            if (a.sees(query, key)) largest = std::max(largest, weights[size_t(key)]);
+            largest = std::max(largest, weights[size_t(key)]);
         }
         for (int key = 0; key < a.num_keys; key++) {
-            if (!a.sees(query, key)) continue;
             const double weight = std::exp(weights[size_t(key)] - largest);
             sum += weight;
             for (int d = 0; d < a.head_dim; d++)
-                output[size_t(d)] += weight * double(a.values[size_t(key * a.head_dim + d)]);
+                output[size_t(d)] += weight * double(float_of_half(a.values[size_t(key * a.head_dim + d)]));
         }
         const double tolerance = 2.0 * (2.0 * a.head_dim * most + 8.0 + 2.0 * a.num_keys) * kUnit;
-        for (int d = 0; d < a.head_dim; d++) {
-            const double value = double(state.output[size_t(d * a.lanes + query)]) / double(state.sum[size_t(query)]);
-            expect_near(value, output[size_t(d)] / sum, tolerance, what);
-        }
+        const Floats found = state.of(query);
+        for (int d = 0; d < a.head_dim; d++)
+            expect_near(double(found[size_t(2 + d)]) / double(found[1]), output[size_t(d)] / sum, tolerance, what);
     }
 }
 
-void check_attention(const Kernels& table, int num_queries, int head_dim, int num_keys, bool raised) {
+void check_attention(const Kernels& table, int num_queries, int head_dim, int num_keys) {
     const std::string what = std::string(table.name) + " attend, queries " + std::to_string(num_queries) + " dims " +
                              std::to_string(head_dim) + " keys " + std::to_string(num_keys);
-    const int lanes = num_queries > 8 ? 16 : 8;
-    Attention a(num_queries, lanes, head_dim, num_keys, 1000);
-    const int hidden = num_keys / 3;
-    if (raised) a.raise_until(hidden);  // what is not to be seen would outweigh all the rest
-    a.see(1000 + hidden, 1000 + num_keys - 1);
+    Attention a(num_queries, head_dim, num_keys);
     const State whole = attend(table, a);
     expect_attention(a, whole, what);
-    const Floats expected = whole.of_lanes(0, num_queries);
-    expect_same(attend(table, a.part(hidden, num_keys)).of_lanes(0, num_queries), expected,
-                what + ", without the invisible keys");
-    for (const int lane : {0, 5, 16 - num_queries})
-        if (lane + num_queries <= 16)
-            expect_same(attend(table, a.moved(lane, 16)).of_lanes(lane, num_queries), expected,
-                        what + ", in other lanes");
-    if (num_queries < 8)
-        expect_same(attend(table, a.moved(1, 8)).of_lanes(1, num_queries), expected, what + ", one lane on");
+    for (int query = 0; query < num_queries; query++) {
+        expect_same(attend(table, a, true).of(query), whole.of(query), what + ", reading ahead");
+        for (const int place : {0, 3, edge::kTileQueries - 1})
+            expect_same(attend(table, a.moved(query, place)).of(place), whole.of(query), what + ", in another place");
+    }
+    for (const int first : {0, 1}) {
+        for (const int last : {num_keys - 1, num_keys}) {
+            if (first >= last) continue;
+            const Attention part = a.part(first, last);
+            expect_attention(part, attend(table, part), what + ", a part");
+        }
+    }
+    a.values.back() = half_of_float(kNaN);
+    if (!std::isnan(attend(table, a).of(0).back())) fail("%s: a NaN of a value is lost", what.c_str());
+    a.keys.front() = half_of_float(kNaN);
+    const State spoiled = attend(table, a);
+    for (int query = 0; query < num_queries; query++)
+        if (!std::isnan(spoiled.sum[size_t(query)])) fail("%s: a NaN of a key is lost", what.c_str());
+}
 
-    Attention open = a;
-    std::fill(open.first_visible.begin(), open.first_visible.end(), 0.0f);
-    std::fill(open.last_visible.begin(), open.last_visible.end(), 9999.0f);
-    expect_same(attend(table, open, true).of_lanes(0, lanes), attend(table, open).of_lanes(0, lanes),
-                what + ", all visible");
+void check_scale_add(const Kernels& table, int count) {
+    const std::string what = std::string(table.name) + " scale and add " + std::to_string(count);
+    const Floats x = random_floats(size_t(count));
+    Floats y = random_floats(size_t(count));
+    const Floats before = y;
+    table.scale_add(x.data(), 0.25f, 0.75f, y.data(), count);
+    for (size_t i = 0; i < y.size(); i++)
+        expect_near(y[i], 0.25 * double(before[i]) + 0.75 * double(x[i]), 4.0 * kUnit, what);
+    y = before;
+    table.scale_add(x.data(), 0.0f, 1.0f, y.data(), count);
+    expect_same(y, x, what + ", nothing kept");
+}
 
-    Attention blind = a;
-    blind.see(5000, 5000);
-    State empty = attend(table, blind), merged = whole;
-    table.merge(merged.view(), empty.view(), head_dim, lanes);
-    expect_same(merged.of_lanes(0, num_queries), expected, what + ", an empty segment behind");
-    table.merge(empty.view(), merged.view(), head_dim, lanes);
-    expect_same(empty.of_lanes(0, num_queries), expected, what + ", an empty segment before");
-
-    State halves = attend(table, a.part(0, num_keys / 2)), second = attend(table, a.part(num_keys / 2, num_keys));
-    table.merge(halves.view(), second.view(), head_dim, lanes);
-    expect_attention(a, halves, what + ", merged");
-
-    a.keys[size_t((num_keys - 1) * head_dim)] = kNaN;
-    a.see(1000, 1000 + num_keys + 5);
-    if (!std::isnan(attend(table, a).sum[0])) fail("%s: a NaN is lost", what.c_str());
+// Every float16 comes back from its float, and what lies between two goes to the nearer one, halfway to the even one.
+void check_halves(const Kernels& table) {
+    const std::string what = std::string(table.name) + " to halves";
+    Floats x;
+    Halves expected;
+    const auto add = [&](double value, uint32_t half) {
+        x.push_back(float(value)), expected.push_back(uint16_t(half));
+        x.push_back(float(-value)), expected.push_back(uint16_t(half | 0x8000u));
+    };
+    for (uint32_t half = 0; half < 0x7c00u; half++) {
+        const double value = double(float_of_half(uint16_t(half)));
+        const double next = half == 0x7bffu ? 65536.0 : double(float_of_half(uint16_t(half + 1)));
+        add(value, half);
+        add((value + next) / 2, half + half % 2);
+        add(value + (next - value) * 0.4990234375, half);
+        add(value + (next - value) * 0.5009765625, half + 1);
+    }
+    add(1e-30, 0), add(1e30, 0x7c00u), add(double(INFINITY), 0x7c00u);
+    for (const size_t skipped : {size_t(0), size_t(3)}) {
+        const size_t count = x.size() - skipped;
+        Halves found(count, 0xffffu);
+        table.to_halves(x.data() + skipped, found.data(), int(count));
+        if (!std::equal(found.begin(), found.end(), expected.begin() + long(skipped))) fail("%s", what.c_str());
+    }
+    uint16_t found = 0;
+    table.to_halves(&kNaN, &found, 1);
+    if (!std::isnan(float_of_half(found))) fail("%s: a NaN is lost", what.c_str());
 }
 
 // ---- rows
@@ -479,10 +484,12 @@ void check(const Kernels& table) {
         fail("%s: tiles of %d and %d rows", table.name, table.max_single_tile_rows, table.num_tile_rows);
     if (!edge::force_kernels(table.name) || &edge::kernels() != &table) fail("%s cannot be forced", table.name);
     check_matrices(table);
-    for (const int num_queries : {1, 3, 8, 16})
-        for (const int head_dim : {20, 64, 256})
-            for (const int num_keys : {2, 7, 33, edge::kSegmentKeys})
-                for (const bool raised : {false, true}) check_attention(table, num_queries, head_dim, num_keys, raised);
+    for (const int num_queries : {1, 3, 4, 5, edge::kTileQueries})
+        for (const int head_dim : {6, 20, 64, 256})
+            for (const int num_keys : {1, 2, 7, 33, edge::kSegmentKeys})
+                check_attention(table, num_queries, head_dim, num_keys);
+    for (const int count : {1, 7, 8, 16, 40}) check_scale_add(table, count);
+    check_halves(table);
     for (const int size : {1, 7, 8, 16, 40, 1000}) check_activations(table, size);
     for (const int size : {2, 10, 16, 256, 1536}) check_norms(table, size), check_rotate(table, size);
 }

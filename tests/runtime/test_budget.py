@@ -99,9 +99,11 @@ def test_a_larger_chunk_needs_more(manifest, one_thread):
 @pytest.mark.parametrize(
     ("file", "name", "planned"),
     [
-        ("attention_op.cpp", "kWaveSegments", budget.WAVE_SEGMENTS),
+        ("attention_op.cpp", "kWaveStates", budget.WAVE_STATES),
+        ("attention_op.cpp", "kSharingTiles", budget.SHARING_TILES),
+        ("attention_op.cpp", "kTilesAtOnce", budget.TILES_AT_ONCE),
         ("kernels.hpp", "kSegmentKeys", budget.SEGMENT_KEYS),
-        ("kernels.hpp", "kMaxQueryRows", budget.TILE_QUERIES),
+        ("kernels.hpp", "kTileQueries", budget.TILE_QUERIES),
     ],
 )
 def test_the_plan_has_the_sizes_of_the_native_ops(file: str, name: str, planned: int) -> None:

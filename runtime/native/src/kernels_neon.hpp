@@ -24,9 +24,10 @@ constexpr int kSubBlock = 32;  // weights of a row between two looks at the bloc
 constexpr int kWordBytes = 4 * kPanelRows;
 
 // 8 values of a row from `k` on; zero behind the row's end.
-inline Pair<Vec4>::T load_values(const float* row, int k, int width) {
-    if (k + 8 <= width) return Pair<Vec4>::load(row + k);
-    return k < width ? load_part<Pair<Vec4>>(row + k, width - k) : Pair<Vec4>::set(0.0f);
+inline float32x4x2_t load_values(const float* row, int k, int width) {
+    const auto part = [&](int start) { return load_part<Vec4>(row + start, width > start ? width - start : 0); };
+    if (k + 8 <= width) return {{vld1q_f32(row + k), vld1q_f32(row + k + 4)}};
+    return {{part(k), part(k + 4)}};
 }
 
 // Every two words of a row go to words[0] and words[second_word], the next two to words[2 * num_rows] and so on.
@@ -36,18 +37,18 @@ void quantize_block(const float* row, int block, const MatrixShape& shape, int32
     const float32x4_t zero = vdupq_n_f32(0.0f);
     float32x4_t largest_lanes = zero, poison_lanes = zero;
     for (int k = start; k < stop; k += 8) {
-        const auto values = load_values(row, k, shape.width);
-        largest_lanes = vmaxq_f32(largest_lanes, vmaxq_f32(vabsq_f32(values.a), vabsq_f32(values.b)));
-        poison_lanes = vfmaq_f32(vfmaq_f32(poison_lanes, values.a, zero), values.b, zero);
+        const float32x4x2_t values = load_values(row, k, shape.width);
+        largest_lanes = vmaxq_f32(largest_lanes, vmaxq_f32(vabsq_f32(values.val[0]), vabsq_f32(values.val[1])));
+        poison_lanes = vfmaq_f32(vfmaq_f32(poison_lanes, values.val[0], zero), values.val[1], zero);
     }
     const float poison = vaddvq_f32(poison_lanes);  // NaN where a value is NaN or infinite
     const float largest = poison == 0.0f ? vmaxvq_f32(largest_lanes) : 0.0f;
     const float32x4_t inverse = vdupq_n_f32(largest > 1e-30f ? 127.0f / largest : 0.0f);
     int32x4_t sum = vdupq_n_s32(0);
     for (int k = start; k < stop; k += 8) {
-        const auto values = poison == 0.0f ? load_values(row, k, shape.width) : Pair<Vec4>::set(0.0f);
-        const int32x4_t a = vcvtnq_s32_f32(vmulq_f32(values.a, inverse));
-        const int32x4_t b = vcvtnq_s32_f32(vmulq_f32(values.b, inverse));
+        const float32x4x2_t values = poison == 0.0f ? load_values(row, k, shape.width) : float32x4x2_t{{zero, zero}};
+        const int32x4_t a = vcvtnq_s32_f32(vmulq_f32(values.val[0], inverse));
+        const int32x4_t b = vcvtnq_s32_f32(vmulq_f32(values.val[1], inverse));
         sum = vaddq_s32(sum, vaddq_s32(a, b));
         const int8x8_t codes = vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b)));
         const int32x2_t even = vreinterpret_s32_s8(vuzp1_s8(codes, codes));

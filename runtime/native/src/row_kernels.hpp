@@ -159,15 +159,18 @@ inline typename V::T load_halves(const uint16_t* p, int count) {
     return V::load_halves(padded);
 }
 
-// Rounded to the nearest, halfway cases to even.
+// Up to V::lanes floats as halves, rounded to the nearest, halfway cases to even.
+template <class V>
+inline void store_halves(uint16_t* p, typename V::T a, int count) {
+    if (count >= V::lanes) return V::store_halves(p, a);
+    uint16_t padded[V::lanes];
+    V::store_halves(padded, a);
+    std::memcpy(p, padded, sizeof(uint16_t) * size_t(count));
+}
+
 template <class V>
 void to_halves(const float* x, uint16_t* y, int count) {
-    int i = 0;
-    for (; i + V::lanes <= count; i += V::lanes) V::store_halves(y + i, V::load(x + i));
-    if (i == count) return;
-    uint16_t padded[V::lanes];
-    V::store_halves(padded, load_part<V>(x + i, count - i));
-    std::memcpy(y + i, padded, sizeof(uint16_t) * size_t(count - i));
+    for (int i = 0; i < count; i += V::lanes) store_halves<V>(y + i, load_part<V>(x + i, count - i), count - i);
 }
 
 // Asks for one cache line of rows that are needed soon. Past the last row is harmless.
