@@ -21,7 +21,7 @@ FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the dat
 # tokens)
 SCORE_COPIES = 6
 # of runtime/native/src/attention_op.cpp and kernels.hpp; of the threads, each with scratch of its own, 16 count
-TILE_QUERIES, TILES_AT_ONCE, SHARING_TILES, WAVE_STATES = 8, 4, 16, 256
+TILE_QUERIES, SMALL_TILE_QUERIES, TILES_AT_ONCE, SHARING_TILES, WAVE_STATES = 8, 4, 4, 16, 256
 SEGMENT_KEYS, COUNTED_THREADS = 64, 16
 
 
@@ -97,15 +97,17 @@ def _scratch_bytes(model: ModelConfig, num_tokens: int) -> int:
     head_dim = max(layer.head_dim for layer in model.layers)
     widest = max(model.hidden_size, model.num_heads * head_dim, *(layer.intermediate_size for layer in model.layers))
     quantized = num_tokens * (widest + 2 * FLOAT_BYTES * -(-widest // 32))  # a scale and a sum a block
-    tiles_of_a_token = max(
-        layer.num_kv_heads * -(-model.num_heads // layer.num_kv_heads // TILE_QUERIES) for layer in model.layers
-    )
-    num_tiles = num_tokens * tiles_of_a_token
-    queries = FLOAT_BYTES * num_tiles * TILE_QUERIES * head_dim
+    rows = max(layer.num_kv_heads * _tile_rows(model.num_heads // layer.num_kv_heads) for layer in model.layers)
+    queries = FLOAT_BYTES * num_tokens * rows * head_dim
     state = FLOAT_BYTES * TILE_QUERIES * (head_dim + 2)
-    shared = (min(num_tiles, SHARING_TILES) + WAVE_STATES) * state
+    shared = (SHARING_TILES + WAVE_STATES) * state
     scores = FLOAT_BYTES * TILE_QUERIES * (SEGMENT_KEYS + TILE_QUERIES)
     return quantized + queries + shared + num_threads * ((TILES_AT_ONCE + 1) * state + scores)
+
+
+def _tile_rows(num_queries: int) -> int:
+    """Rows kept for the queries of one token that share a KV head."""
+    return SMALL_TILE_QUERIES if num_queries <= SMALL_TILE_QUERIES else -(-num_queries // TILE_QUERIES) * TILE_QUERIES
 
 
 def _mib(num_bytes: int) -> str:

@@ -66,7 +66,8 @@ def test_native_weights_take_no_memory(tiny_artifact):
     profile = load_profile("laptop")
     assert planned_bytes(larger, profile, 1000) == planned_bytes(native, profile, 1000)
     packed = sum(matrix.num_bytes for matrix in portable.matrices)
-    assert planned_bytes(portable, profile, 0) - planned_bytes(native, profile, 0) > packed
+    twice = replace(portable, matrices=portable.matrices * 2)
+    assert planned_bytes(twice, profile, 0) - planned_bytes(portable, profile, 0) > packed
 
 
 def test_the_largest_context_within_the_budget(manifest, one_thread):
@@ -104,6 +105,7 @@ def test_a_larger_chunk_needs_more(manifest, one_thread):
         ("attention_op.cpp", "kTilesAtOnce", budget.TILES_AT_ONCE),
         ("kernels.hpp", "kSegmentKeys", budget.SEGMENT_KEYS),
         ("kernels.hpp", "kTileQueries", budget.TILE_QUERIES),
+        ("kernels.hpp", "kSmallTileQueries", budget.SMALL_TILE_QUERIES),
     ],
 )
 def test_the_plan_has_the_sizes_of_the_native_ops(file: str, name: str, planned: int) -> None:

@@ -92,7 +92,7 @@ class CachedAttention::Call {
         static thread_local Scratch scratch;
         make_tiles();
         const bool is_shared = num_tiles() <= kSharingTiles;
-        const size_t queries = size_t(num_tiles()) * kTileQueries * size_t(padded(head_dim_));
+        const size_t queries = size_t(num_tiles()) * tile_rows() * size_t(padded(head_dim_));
         const size_t states = is_shared ? size_t(num_tiles() + kWaveStates) * state_floats(head_dim_) : 0;
         queries_ = static_cast<float*>(scratch.get(sizeof(float) * (queries + states)));
         std::fill_n(queries_, queries, 0.0f);
@@ -138,7 +138,8 @@ class CachedAttention::Call {
 
     int num_tiles() const { return int(tiles_.size()); }
     int tiles_of_a_kv_head() const { return (group_ + kTileQueries - 1) / kTileQueries; }
-    float* queries_of(int tile) const { return queries_ + size_t(tile) * kTileQueries * size_t(padded(head_dim_)); }
+    size_t tile_rows() const { return group_ <= kSmallTileQueries ? kSmallTileQueries : kTileQueries; }
+    float* queries_of(int tile) const { return queries_ + size_t(tile) * tile_rows() * size_t(padded(head_dim_)); }
     int first_new_row() const { return stop_ - num_tokens_; }
 
     // Segments begin at multiples of kSegmentKeys tokens, wherever their rows lie in the arrays: so a query's sums
@@ -323,7 +324,7 @@ class CachedAttention::Call {
     bool owns_kv_ = false;
     int start_ = 0, stop_ = 0, position_ = 0;  // rows [start, stop), `position` is the token of row `start`
     uint16_t *keys_[kMaxHeads], *values_[kMaxHeads];
-    float* queries_ = nullptr;  // [tile][kTileQueries][padded head_dim]
+    float* queries_ = nullptr;  // [tile][tile_rows()][padded head_dim]
     std::vector<Tile> tiles_;
     std::atomic<bool> out_of_memory_{false};
 };

@@ -10,6 +10,7 @@ constexpr int kMaxTileRows = 8;
 constexpr int kSegmentKeys = 64;   // keys of one attention segment, aligned to absolute positions
 constexpr int kTileQueries = 8;   // queries of one attention tile: heads of one token that share a KV head
 
+constexpr int kSmallTileQueries = 4;  // of a tile that takes half the work
 constexpr int kRowFloats = 16;       // rows of queries are padded to a multiple, for the widest vectors
 constexpr int kScoreFloats = (kSegmentKeys + kTileQueries) * kTileQueries;  // keys are scored several at once
 
@@ -22,8 +23,8 @@ struct QuantizedTile {
 
 // The queries of one token that share a KV head, and those keys of one segment that the token sees.
 struct AttentionSegment {
-    const float* queries;  // [kTileQueries][row_size], zeros behind a query's head_dim values
-    int num_queries;       // 1 to kTileQueries; rows behind them can be read
+    const float* queries;  // [kSmallTileQueries or kTileQueries][row_size], zeros behind head_dim values
+    int num_queries;       // rows behind these are read too, whatever they hold
     int head_dim;
     int row_size;            // of queries and outputs: head_dim, rounded up to a multiple of kRowFloats
     const uint16_t* keys;    // [num_keys][head_dim] float16

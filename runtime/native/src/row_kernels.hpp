@@ -273,7 +273,8 @@ void attend_queries(const AttentionSegment& s, float* scores, const AttentionSta
 // V holds dimensions, Lanes queries.
 template <class V, class Lanes, int SUMS>
 void attend(const AttentionSegment& segment, float* scores, const AttentionState& result) {
-    if (segment.num_queries <= 4) attend_queries<V, Lanes, 4, SUMS>(segment, scores, result);
+    constexpr int kSmall = edge::kSmallTileQueries;
+    if (segment.num_queries <= kSmall) attend_queries<V, Lanes, kSmall, SUMS>(segment, scores, result);
     else attend_queries<V, Lanes, kTileQueries, SUMS>(segment, scores, result);
 }
 
