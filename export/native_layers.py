@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from export.checkpoint import Float32
+from export.errors import CheckpointError
 from export.graph import EDGE, Graph
 from export.linear import StoredMatrix
 from export.stack import Rotation, StackWeights, Tokens, Weight, kept_rotations
@@ -140,6 +141,8 @@ class NativeLayerEmitter:
         weights, layer, name = self.weights, self.weights.stack.layers[index], f"layers.{index}.self_attn"
         heads = self.multiply(normed, weights.query_key_value(index) if owns_kv else weights.query(index))
         norms = [weights.vector(f"{name}.{part}_norm", layer.head_dim) for part in ("qk" if owns_kv else "q")]
+        if owns_kv:
+            self._check_keys(f"{weights.prefix}{name}.k_norm.weight", norms[1])
         rotation = tokens.rotations[layer.kind]
         cache = [rows_name(layer.kind), *kv_view_names(layer.kv_source, layer)]
         return self.graph.node(
@@ -151,6 +154,16 @@ class NativeLayerEmitter:
             window=tokens.window if layer.kind == "sliding" else 0,
             epsilon=weights.stack.rms_norm_eps,
         )
+
+    def _check_keys(self, name: str, weight: Float32) -> None:
+        """Raises CheckpointError unless every key fits: infinite ones could be ignored, which no one would notice."""
+        # a row's norm is sqrt(head_dim) before the weight, and a rotation keeps that of each pair
+        largest = np.sqrt(weight.size) * float(np.abs(weight).max())
+        if largest > np.finfo(KV_DTYPES["native"]).max:
+            place = self.weights.checkpoint.place(name)
+            raise CheckpointError(
+                f"{place}: keys of up to {largest:,.0f} exceed float16; export with --activations float32"
+            )
 
 
 def _sizes(stored: StoredMatrix) -> dict[str, Any]:
