@@ -342,7 +342,7 @@ def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_toke
     target = TargetModel(
         _open_graph(folder / DECODER, profile, layout, decoder_signature(model, layout)),
         model,
-        KVCache(model, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
+        KVCache(model, layout, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
         layout,

@@ -1,22 +1,25 @@
 """Keys and values of the layers that own them, in plain memory that sessions write and read in place.
 
 Each KV head of a layer has one array [capacity, head_dim] for keys and one for values. Full layers' arrays grow in
-steps; sliding layers' hold a window and are compacted when they run full. Knows nothing of sessions.
+steps; sliding layers' hold a window and are compacted when they run full. The layout decides the arrays' type. Knows
+nothing of sessions.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import RequestError
+from runtime.layout import Layout
 from runtime.model_config import AttentionKind, ModelConfig
-from runtime.signature import kv_view_names
+from runtime.signature import KV_DTYPES, kv_view_names
 
 GROWTH_TOKENS = 512
-FLOAT_BYTES = 4
+
+Rows = npt.NDArray[np.floating[Any]]
 
 
 class Span(NamedTuple):
@@ -31,7 +34,7 @@ class Span(NamedTuple):
 class _Kind:
     """Arrays of one attention kind; row 0 holds the token at `first_position`."""
 
-    arrays: dict[str, npt.NDArray[np.float32]]
+    arrays: dict[str, Rows]
     capacity: int
     first_position: int = 0
 
@@ -42,10 +45,11 @@ class KVCache:
     Laws: append then trim equals never appended; `nbytes` is the sum of the arrays.
     """
 
-    def __init__(self, model: ModelConfig, *, max_tokens: int, max_new_tokens: int) -> None:
+    def __init__(self, model: ModelConfig, layout: Layout, *, max_tokens: int, max_new_tokens: int) -> None:
         """An empty cache.
 
         Args:
+            layout: of the graphs that read and write it
             max_tokens: positions it may ever hold
             max_new_tokens: the most tokens one forward appends
         """
@@ -55,11 +59,11 @@ class KVCache:
         self._num_trimmable = 0  # rows of earlier appends may be gone from the sliding arrays
         # the drafter sees one row more than the window
         self._kept_tokens = model.sliding_window + 1
+        sliding_capacity = self._kept_tokens + max_new_tokens
         self._kinds: dict[AttentionKind, _Kind] = {
-            "full": _Kind(_arrays(model, "full", 0), 0),
-            "sliding": _Kind({}, self._kept_tokens + max_new_tokens),
+            "full": _Kind(_arrays(model, layout, "full", 0), 0),
+            "sliding": _Kind(_arrays(model, layout, "sliding", sliding_capacity), sliding_capacity),
         }
-        self._kinds["sliding"].arrays = _arrays(model, "sliding", self._kinds["sliding"].capacity)
         self._window = model.sliding_window
 
     @property
@@ -67,7 +71,7 @@ class KVCache:
         """Bytes of all arrays."""
         return sum(array.nbytes for kind in self._kinds.values() for array in kind.arrays.values())
 
-    def arrays(self) -> Iterator[tuple[AttentionKind, str, npt.NDArray[np.float32]]]:
+    def arrays(self) -> Iterator[tuple[AttentionKind, str, Rows]]:
         """(kind, graph input name, array) of each KV head's keys and values."""
         for name, kind in self._kinds.items():
             for view_name, array in kind.arrays.items():
@@ -124,7 +128,7 @@ class KVCache:
         self.arrays_version += 1
         full.capacity = min(self.max_tokens, -(-needed // GROWTH_TOKENS) * GROWTH_TOKENS)
         for name, old in full.arrays.items():
-            grown = np.empty((full.capacity, old.shape[1]), np.float32)
+            grown = np.empty((full.capacity, old.shape[1]), old.dtype)
             grown[: self.num_tokens] = old[: self.num_tokens]
             full.arrays[name] = grown
 
@@ -137,25 +141,26 @@ class KVCache:
         kind.first_position = first
 
 
-def _arrays(model: ModelConfig, kind: AttentionKind, capacity: int) -> dict[str, npt.NDArray[np.float32]]:
+def _arrays(model: ModelConfig, layout: Layout, kind: AttentionKind, capacity: int) -> dict[str, Rows]:
     return {
-        name: np.empty((capacity, model.layers[layer].head_dim), np.float32)
+        name: np.empty((capacity, model.layers[layer].head_dim), KV_DTYPES[layout])
         for layer in model.owned_layers
         if model.layers[layer].kind == kind
         for name in kv_view_names(layer, model.layers[layer])
     }
 
 
-def full_bytes_per_token(model: ModelConfig) -> int:
+def full_bytes_per_token(model: ModelConfig, layout: Layout) -> int:
     """Bytes that each token adds to the full layers' arrays."""
-    return _row_bytes(model, "full")
+    return _row_bytes(model, layout, "full")
 
 
-def sliding_bytes(model: ModelConfig, max_new_tokens: int) -> int:
+def sliding_bytes(model: ModelConfig, layout: Layout, max_new_tokens: int) -> int:
     """Bytes of the sliding layers' arrays, whatever the context."""
-    return _row_bytes(model, "sliding") * (model.sliding_window + 1 + max_new_tokens)
+    return _row_bytes(model, layout, "sliding") * (model.sliding_window + 1 + max_new_tokens)
 
 
-def _row_bytes(model: ModelConfig, kind: AttentionKind) -> int:
+def _row_bytes(model: ModelConfig, layout: Layout, kind: AttentionKind) -> int:
     owners = (model.layers[layer] for layer in model.owned_layers)
-    return sum(2 * FLOAT_BYTES * layer.num_kv_heads * layer.head_dim for layer in owners if layer.kind == kind)
+    num_values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in owners if layer.kind == kind)
+    return num_values * KV_DTYPES[layout].itemsize

@@ -14,7 +14,7 @@ decoder.onnx
       native only
              full_rows, sliding_rows  int64   [3]     first row that a token may see, end of the new rows, and the
                                                       position of the first
-             keys_L_H, values_L_H     float32 [capacity, head_dim]            whole arrays, written in place
+             keys_L_H, values_L_H     float16 [capacity, head_dim]            whole arrays, written in place
     outputs  logits             float32 [num_kept, vocab_size]
              hidden             float32 [num_kept, hidden_size]               after the final norm
       portable only
@@ -38,12 +38,20 @@ embed.onnx
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from runtime.layout import Layout
 from runtime.model_config import AttentionKind, DrafterConfig, LayerConfig, ModelConfig
 
 MAX_TOP_LOGITS = 128
+
+# of the KV arrays: the native ops compute in float32 whatever they read, stock ONNX Runtime in the type that it reads
+KV_DTYPES: dict[Layout, np.dtype[np.floating[Any]]] = {
+    "portable": np.dtype(np.float32),
+    "native": np.dtype(np.float16),
+}
 
 
 class Signature(NamedTuple):

@@ -53,7 +53,7 @@ def open_models(folder: Path, *, max_tokens: int = 512, max_new_tokens: int = 12
     target = TargetModel(
         open_session(folder / "decoder.onnx", profile, manifest.layout),
         manifest.model,
-        KVCache(manifest.model, max_tokens=max_tokens, max_new_tokens=max_new_tokens),
+        KVCache(manifest.model, manifest.layout, max_tokens=max_tokens, max_new_tokens=max_new_tokens),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
         manifest.layout,

@@ -35,7 +35,11 @@ def export_both(pair: TinyCheckpoint, folder: Path, bits: int, block_size: int, 
 
 
 def open_native(folder: Path, *, rounds: bool = True, max_tokens: int = 512, max_new_tokens: int = 128) -> TinyModels:
-    """Opens the native graphs under the reference ops, as `tests.models.open_models` opens the portable ones."""
+    """Opens the native graphs under the reference ops, as `tests.models.open_models` opens the portable ones.
+
+    Args:
+        rounds: activations to int8 and KV rows to float16, as the real ops do; everything is float32 otherwise
+    """
     manifest = read_manifest(folder)
     assert manifest.drafter is not None
     sessions: list[Any] = []
@@ -47,7 +51,9 @@ def open_native(folder: Path, *, rounds: bool = True, max_tokens: int = 512, max
     target = TargetModel(
         sessions[0],
         manifest.model,
-        KVCache(manifest.model, max_tokens=max_tokens, max_new_tokens=max_new_tokens),
+        KVCache(
+            manifest.model, "native" if rounds else "portable", max_tokens=max_tokens, max_new_tokens=max_new_tokens
+        ),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
         "native",

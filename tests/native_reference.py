@@ -14,6 +14,7 @@ from onnx.reference.op_run import OpRun
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.float16] | Float32  # of a KV array
 
 PANEL_ROWS = 32
 PLAIN, GELU_GLU, GELU_MUL, SOFTCAP = range(4)
@@ -116,7 +117,7 @@ def rotate(heads: Float32, cos: Float32, sin: Float32) -> Float32:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(query: Float32, keys: Float32, values: Float32) -> Float32:
+def attend(query: Float32, keys: Rows, values: Rows) -> Float32:
     """softmax(query @ keys.T) @ values of one query [head_dim] over the rows it sees."""
     scores = (keys * query).sum(-1, dtype=np.float32)
     weights = np.exp(scores - scores.max())
@@ -176,10 +177,12 @@ class Rotary(OpRun):
 
 
 class CachedAttention(OpRun):
+    """New rows are rounded to the KV arrays' type, and attended to as they are there."""
+
     op_domain = "edge"
 
     def _run(
-        self, x: Float32, norms: Float32, cos: Float32, sin: Float32, rows: Int64, *cache: Float32, **_: Any
+        self, x: Float32, norms: Float32, cos: Float32, sin: Float32, rows: Int64, *cache: Rows, **_: Any
     ) -> tuple[Float32]:
         num_rows, (start, stop) = len(x), rows[:2].tolist()
         keys, values = cache[0::2], cache[1::2]
@@ -189,9 +192,10 @@ class CachedAttention(OpRun):
         if len(norms) == 2:
             new_keys, new_values = np.split(heads[:, self.num_heads :], 2, axis=1)
             new_keys = rotate(rms(new_keys, self.epsilon) * norms[1], cos, sin)
-            for head in range(self.num_kv_heads):
-                keys[head][stop - num_rows : stop] = new_keys[:, head]
-                values[head][stop - num_rows : stop] = rms(new_values[:, head], self.epsilon)
+            with np.errstate(over="ignore"):  # beyond float16 is infinity
+                for head in range(self.num_kv_heads):
+                    keys[head][stop - num_rows : stop] = new_keys[:, head]
+                    values[head][stop - num_rows : stop] = rms(new_values[:, head], self.epsilon)
         y = np.empty((num_rows, self.num_heads, norms.shape[1]), np.float32)
         for row in range(num_rows):
             end = stop - num_rows + row + 1

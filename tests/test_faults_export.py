@@ -38,6 +38,7 @@ from tests.faulty import (
 )
 
 Q = "model.layers.0.self_attn.q_proj.weight"  # [64, 40]
+K_NORM = "model.layers.0.self_attn.k_norm.weight"  # [16]
 K = "model.layers.0.self_attn.k_proj.weight"  # as large
 NORM = "model.norm.weight"
 LENGTH = struct.Struct("<Q")
@@ -327,6 +328,17 @@ def test_weights_that_are_damaged(pair: Pair, fault: str) -> None:  # 1-4, 7, 8,
 def test_weights_beyond_float16(pair: Pair) -> None:  # 41
     last_weight(Q, 1e5)(pair.target)
     pair.refused("layers.0.self_attn.qkv_proj: weights exceed float16; export with --bits 32", "--bits", 16)
+
+
+def test_keys_beyond_float16(pair: Pair) -> None:
+    last_weight(K_NORM, -1.7e4)(pair.target)  # times sqrt(16)
+    match = "k_norm.weight: keys of up to 68,000 exceed float16; export with --activations float32"
+    pair.refused(match)
+    pair.refused(match, "--layout", "portable")  # which holds the native graphs, too
+    assert pair.export("--activations", "float32") == 0
+    shutil.rmtree(pair.out)
+    last_weight(K_NORM, 1.6e4)(pair.target)
+    assert pair.export() == 0
 
 
 @pytest.mark.parametrize("fault", TEXT_FAULTS)

@@ -79,7 +79,7 @@ class OpenedArtifact:
             cache.make_room(step)
             cache.append(step)
         for _, _, array in cache.arrays():
-            pattern = self._rng.standard_normal(array.shape[1:], np.float32)
+            pattern = self._rng.standard_normal(array.shape[1:], np.float32).astype(array.dtype)
             for row in range(min(len(array), 64)):
                 array[row::64] = np.roll(pattern, row)
 

@@ -12,6 +12,7 @@ from profiles import load_profile
 from runtime import budget
 from runtime.budget import context_that_fits, planned_bytes
 from runtime.errors import MemoryBudgetError
+from runtime.kv_cache import full_bytes_per_token
 from runtime.manifest import read_manifest
 from tests.layouts import each_layout
 
@@ -68,6 +69,14 @@ def test_native_weights_take_no_memory(tiny_artifact):
     packed = sum(matrix.num_bytes for matrix in portable.matrices)
     twice = replace(portable, matrices=portable.matrices * 2)
     assert planned_bytes(twice, profile, 0) - planned_bytes(portable, profile, 0) > packed
+
+
+def test_native_kv_rows_take_half(tiny_artifact, one_thread):
+    manifests = [read_manifest(tiny_artifact("wide", 4, "int8", layout)) for layout in ("native", "portable")]
+    native, portable = (planned_bytes(one, one_thread, 1000) - planned_bytes(one, one_thread, 0) for one in manifests)
+    model = manifests[0].model
+    assert full_bytes_per_token(model, "portable") == 2 * full_bytes_per_token(model, "native")
+    assert 0 < 2 * native <= portable  # which also has scores
 
 
 def test_the_largest_context_within_the_budget(manifest, one_thread):

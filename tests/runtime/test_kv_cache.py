@@ -7,7 +7,9 @@ import pytest
 
 from runtime.errors import RequestError
 from runtime.kv_cache import GROWTH_TOKENS, KVCache, full_bytes_per_token, sliding_bytes
+from runtime.layout import LAYOUTS, Layout
 from runtime.model_config import LayerConfig, ModelConfig, RopeConfig
+from runtime.signature import KV_DTYPES
 from tests.models import TinyModels
 
 WINDOW = 8
@@ -31,6 +33,8 @@ MODEL = ModelConfig(
     bos_token_id=2,
     eos_token_ids=(1,),
 )
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def append_marked(cache: KVCache, num_tokens: int, mark: int = 0) -> None:
@@ -63,7 +67,7 @@ def assert_same_rows(cache: KVCache, other: KVCache) -> None:
 
 @pytest.mark.parametrize("max_new_tokens", [1, 3, 7, 20])
 def test_exactly_the_window_is_visible_at_every_length(max_new_tokens: int) -> None:
-    cache, rng = KVCache(MODEL, max_tokens=200, max_new_tokens=max_new_tokens), np.random.default_rng(0)
+    cache, rng = KVCache(MODEL, "portable", max_tokens=200, max_new_tokens=max_new_tokens), np.random.default_rng(0)
     while cache.num_tokens < 150:
         append_marked(cache, int(rng.integers(1, max_new_tokens + 1)))
         for (view, name), rows in visible_rows(cache).items():
@@ -73,10 +77,11 @@ def test_exactly_the_window_is_visible_at_every_length(max_new_tokens: int) -> N
             assert rows[:, 0].tolist() == list(range(cache.num_tokens - num_seen, cache.num_tokens))
 
 
+@each_layout
 @pytest.mark.parametrize("seed", range(5))
-def test_append_then_trim_equals_never_appended(seed: int) -> None:
+def test_append_then_trim_equals_never_appended(layout: Layout, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    cache, plain = (KVCache(MODEL, max_tokens=300, max_new_tokens=5) for _ in range(2))
+    cache, plain = (KVCache(MODEL, layout, max_tokens=300, max_new_tokens=5) for _ in range(2))
     while plain.num_tokens < 250:
         num_kept, num_dropped = rng.integers(1, 3), rng.integers(0, 4)
         append_marked(plain, num_kept)
@@ -103,7 +108,7 @@ def test_the_same_law_holds_on_a_real_model(shape: str, open_tiny: Callable[...,
 
 
 def test_only_the_last_append_can_be_trimmed() -> None:
-    cache = KVCache(MODEL, max_tokens=64, max_new_tokens=4)
+    cache = KVCache(MODEL, "portable", max_tokens=64, max_new_tokens=4)
     append_marked(cache, 4)
     append_marked(cache, 2)
     cache.trim(1)
@@ -112,52 +117,57 @@ def test_only_the_last_append_can_be_trimmed() -> None:
         cache.trim(1)
 
 
+@each_layout
 @pytest.mark.parametrize("max_new_tokens", [1, 17, 512])
 @pytest.mark.parametrize("num_tokens", [1, GROWTH_TOKENS, GROWTH_TOKENS + 1, 3 * GROWTH_TOKENS - 1])
-def test_planned_bytes_are_the_arrays_bytes(num_tokens: int, max_new_tokens: int) -> None:
-    cache = KVCache(MODEL, max_tokens=4 * GROWTH_TOKENS, max_new_tokens=max_new_tokens)
-    assert cache.nbytes == sliding_bytes(MODEL, max_new_tokens)
+def test_planned_bytes_are_the_arrays_bytes(layout: Layout, num_tokens: int, max_new_tokens: int) -> None:
+    cache = KVCache(MODEL, layout, max_tokens=4 * GROWTH_TOKENS, max_new_tokens=max_new_tokens)
+    assert cache.nbytes == sliding_bytes(MODEL, layout, max_new_tokens)
     while cache.num_tokens < num_tokens:
         append_marked(cache, min(max_new_tokens, num_tokens - cache.num_tokens))
     num_rows = -(-num_tokens // GROWTH_TOKENS) * GROWTH_TOKENS
-    assert cache.nbytes == num_rows * full_bytes_per_token(MODEL) + sliding_bytes(MODEL, max_new_tokens)
-    # keys and values of 4 bytes: one full owner of 1 head x 6, two sliding owners of 2 heads x 4
-    assert full_bytes_per_token(MODEL) == 2 * 4 * 1 * 6
-    assert sliding_bytes(MODEL, 17) == 2 * 2 * 4 * 2 * 4 * (WINDOW + 1 + 17)
+    planned = num_rows * full_bytes_per_token(MODEL, layout) + sliding_bytes(MODEL, layout, max_new_tokens)
+    assert cache.nbytes == planned
+    # keys and values of 4 bytes, or 2: one full owner of 1 head x 6, two sliding owners of 2 heads x 4
+    size = 2 if layout == "native" else 4
+    assert full_bytes_per_token(MODEL, layout) == 2 * size * 1 * 6
+    assert sliding_bytes(MODEL, layout, 17) == 2 * 2 * size * 2 * 4 * (WINDOW + 1 + 17)
 
 
 def test_growth_stops_at_the_context() -> None:
-    cache = KVCache(MODEL, max_tokens=GROWTH_TOKENS + 10, max_new_tokens=GROWTH_TOKENS)
+    cache = KVCache(MODEL, "portable", max_tokens=GROWTH_TOKENS + 10, max_new_tokens=GROWTH_TOKENS)
     append_marked(cache, GROWTH_TOKENS)
     append_marked(cache, 10)
-    context_bytes = (GROWTH_TOKENS + 10) * full_bytes_per_token(MODEL)
-    assert cache.nbytes == context_bytes + sliding_bytes(MODEL, GROWTH_TOKENS)
+    context_bytes = (GROWTH_TOKENS + 10) * full_bytes_per_token(MODEL, "portable")
+    assert cache.nbytes == context_bytes + sliding_bytes(MODEL, "portable", GROWTH_TOKENS)
 
 
-def test_growth_keeps_rows() -> None:
-    cache = KVCache(MODEL, max_tokens=4096, max_new_tokens=GROWTH_TOKENS)
+@each_layout
+def test_growth_keeps_rows_and_their_type(layout: Layout) -> None:
+    cache = KVCache(MODEL, layout, max_tokens=4096, max_new_tokens=GROWTH_TOKENS)
     for _ in range(4):
         append_marked(cache, GROWTH_TOKENS - 1)
     for kind, _, array in cache.arrays():
+        assert array.dtype == KV_DTYPES[layout]
         if kind == "full":
             np.testing.assert_array_equal(array[: cache.num_tokens, 0], np.arange(cache.num_tokens))
 
 
 def test_clear_forgets_tokens_and_keeps_memory() -> None:
-    cache = KVCache(MODEL, max_tokens=64, max_new_tokens=4)
+    cache = KVCache(MODEL, "portable", max_tokens=64, max_new_tokens=4)
     for _ in range(8):
         append_marked(cache, 4)
     before = cache.nbytes
     cache.clear()
     append_marked(cache, 2)
-    fresh = KVCache(MODEL, max_tokens=64, max_new_tokens=4)
+    fresh = KVCache(MODEL, "portable", max_tokens=64, max_new_tokens=4)
     append_marked(fresh, 2)
     assert_same_rows(cache, fresh)
     assert cache.nbytes == before
 
 
 def test_context_overflow_is_refused_and_changes_nothing() -> None:
-    cache = KVCache(MODEL, max_tokens=1500, max_new_tokens=1400)
+    cache = KVCache(MODEL, "portable", max_tokens=1500, max_new_tokens=1400)
     append_marked(cache, 1400)
     with pytest.raises(RequestError, match="context: 1,501 tokens are needed, 1,500 fit"):
         cache.make_room(101)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from runtime import native
-from tests.runtime.native.op_models import pack_panels, quantized_product, rms_norm, rotate
+from tests.runtime.native.op_models import TYPES, pack_panels, quantized_product, rms_norm, rotate
 
 Array = npt.NDArray[Any]
 HEADS, HEAD_DIM, WIDTH, EPSILON, CAP = 2, 8, 32, 1e-6, 5.0
@@ -21,8 +21,8 @@ def expected_attention(qkv: Array, norms: Array, cos: Array, sin: Array) -> Arra
     """[3, HEADS * HEAD_DIM] of three tokens over one KV head, each seeing itself and the one before."""
     heads = qkv.reshape(3, HEADS + 2, HEAD_DIM)
     queries = rotate(rms_norm(heads[:, :HEADS], EPSILON) * norms[0], cos[:, None], sin[:, None])
-    keys = rotate(rms_norm(heads[:, HEADS], EPSILON) * norms[1], cos, sin)
-    values = rms_norm(heads[:, HEADS + 1], EPSILON)
+    keys = rotate(rms_norm(heads[:, HEADS], EPSILON) * norms[1], cos, sin).astype(np.float16).astype(np.float64)
+    values = rms_norm(heads[:, HEADS + 1], EPSILON).astype(np.float16).astype(np.float64)
     tokens = np.arange(3)
     visible = (tokens[None] <= tokens[:, None]) & (tokens[None] > tokens[:, None] - 2)
     outputs = []
@@ -102,10 +102,11 @@ def model_bytes() -> bytes:
             group_size=16,
         ),
     ]
-    names = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
-    infos = [helper.make_tensor_value_info(name, names[array.dtype], array.shape) for name, array in inputs.items()]
+    infos = [
+        helper.make_tensor_value_info(name, TYPES[array.dtype.name], array.shape) for name, array in inputs.items()
+    ]
     outputs = [
-        helper.make_tensor_value_info(prefix + name, names[array.dtype], array.shape)
+        helper.make_tensor_value_info(prefix + name, TYPES[array.dtype.name], array.shape)
         for prefix in ("", "expected_")
         for name, array in expected.items()
     ]

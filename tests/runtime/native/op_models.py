@@ -13,7 +13,12 @@ from onnx import TensorProto, helper
 from runtime import native
 
 Array = npt.NDArray[Any]
-TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "uint8": TensorProto.UINT8,
+    "int64": TensorProto.INT64,
+}
 
 
 def library() -> Path:

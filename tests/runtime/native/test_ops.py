@@ -170,7 +170,7 @@ class Attention:
         angles = random(self.num_tokens, self.head_dim // 2, seed=2)
         self.cos, self.sin = np.cos(angles), np.sin(angles)
         pairs = range(2 * self.num_kv_heads)
-        self.cache = [random(self.num_tokens + 5, self.head_dim, seed=3 + i) for i in pairs]
+        self.cache = [random(self.num_tokens + 5, self.head_dim, seed=3 + i).astype(np.float16) for i in pairs]
         self.model = OpModel(
             "CachedAttention",
             self.inputs(0, 1, self.cache, 0),
@@ -193,8 +193,8 @@ class Attention:
         }
         return named | {f"cache_{i}": array for i, array in enumerate(cache)}
 
-    def expected(self) -> Array:
-        """[num_tokens, num_heads * head_dim] in float64."""
+    def expected(self, cache: list[Array]) -> Array:
+        """[num_tokens, num_heads * head_dim] in float64, over the rows that the op left in `cache`."""
         heads = self.x.reshape(self.num_tokens, -1, self.head_dim).astype(np.float64)
         cos, sin, group = self.cos[:, None], self.sin[:, None], self.num_heads // self.num_kv_heads
         queries = rotate(rms_norm(heads[:, : self.num_heads]) * self.norms[0], cos, sin)
@@ -204,19 +204,21 @@ class Attention:
             visible &= tokens[None] > tokens[:, None] - self.window
         outputs = []
         for head in range(self.num_heads):
-            keys, values = self.rows_of(head // group, heads)
+            keys, values = (cache[2 * (head // group) + i][: self.num_tokens].astype(np.float64) for i in range(2))
             scores = np.where(visible, queries[:, head] @ keys.T, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             outputs.append(weights / weights.sum(-1, keepdims=True) @ values)
         return np.stack(outputs, 1).reshape(self.num_tokens, -1)
 
-    def rows_of(self, kv_head: int, heads: Array) -> tuple[Array, Array]:
-        if not self.owns_kv:
-            keys, values = (self.cache[2 * kv_head + i][: self.num_tokens].astype(np.float64) for i in range(2))
-            return keys, values
-        new_keys = heads[:, self.num_heads + kv_head]
-        new_values = heads[:, self.num_heads + self.num_kv_heads + kv_head]
-        return rotate(rms_norm(new_keys) * self.norms[1], self.cos, self.sin), rms_norm(new_values)
+    def exact_rows(self) -> list[Array]:
+        """What the op's new rows round, in float64 and in the order of the cache."""
+        heads = self.x.reshape(self.num_tokens, -1, self.head_dim).astype(np.float64)
+        rows = []
+        for kv_head in range(self.num_kv_heads):
+            keys = rms_norm(heads[:, self.num_heads + kv_head]) * self.norms[1]
+            values = rms_norm(heads[:, self.num_heads + self.num_kv_heads + kv_head])
+            rows += [rotate(keys, self.cos, self.sin), values]
+        return rows
 
 
 ATTENTIONS = [
@@ -236,10 +238,42 @@ def test_attention_equals_the_reference(shape: tuple[int, int, int, int, bool, i
     cache = [array.copy() for array in attention.cache]
     (y,) = attention.model.run(attention.inputs(0, attention.num_tokens, cache, 0))
     # scores are sums of head_dim float32 products: their error is what the exponential multiplies
-    np.testing.assert_allclose(y, attention.expected(), atol=2e-4)
-    behind = [array[attention.num_tokens :] for array in attention.cache]
-    for array, untouched in zip(cache, behind, strict=True):
-        np.testing.assert_array_equal(array[attention.num_tokens :], untouched)
+    np.testing.assert_allclose(y, attention.expected(cache), atol=2e-4)
+    first_untouched = attention.num_tokens if attention.owns_kv else 0
+    for array, before in zip(cache, attention.cache, strict=True):
+        np.testing.assert_array_equal(array[first_untouched:], before[first_untouched:])
+
+
+@pytest.mark.parametrize("shape", [shape for shape in ATTENTIONS if shape[4]])
+def test_new_rows_are_rounded_to_float16(shape: tuple[int, int, int, int, bool, int]) -> None:
+    attention = Attention(*shape)
+    cache = [array.copy() for array in attention.cache]
+    attention.model.run(attention.inputs(0, attention.num_tokens, cache, 0))
+    for array, exact in zip(cache, attention.exact_rows(), strict=True):
+        rows = array[: attention.num_tokens]
+        # half a step of float16, and what float32 is off by before it rounds: the norm's sum, a rotation
+        assert (np.abs(rows - exact) <= np.spacing(np.abs(rows)).astype(np.float64) / 2 + 2e-6).all()
+
+
+def test_halfway_cases_round_to_even_and_what_is_too_large_to_infinity() -> None:
+    step, least = 2.0**-10, 2.0**-24  # float16's step from 1 on, and its smallest number
+    values = [1 + step / 2, 1 + 1.5 * step, -1 - step / 2, 2 - step / 2, 0.1, least / 2, 1.5 * least, -2.5 * least]
+    values += [2.0**-14 - least / 2, 65503.9, 65519.99, 65520.0, -65519.99, -1e30, 0.0, 3e-9]
+    weight = np.array(values, np.float32)
+    # a row of ones has norm 1, so the key is the norm's weight, not rotated
+    inputs = {
+        "x": np.ones((1, 48), np.float32),
+        "norms": np.stack([np.ones(16, np.float32), weight]),
+        "cos": np.ones((1, 8), np.float32),
+        "sin": np.zeros((1, 8), np.float32),
+        "rows": np.array([0, 1, 0], np.int64),
+        "keys": np.zeros((1, 16), np.float16),
+        "values": np.zeros((1, 16), np.float16),
+    }
+    run("CachedAttention", inputs, FLOAT, num_heads=1, num_kv_heads=1, window=0, epsilon=0.0)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(inputs["keys"][0], weight.astype(np.float16))
+    np.testing.assert_array_equal(inputs["values"], np.ones((1, 16), np.float16))
 
 
 @pytest.mark.parametrize("steps", [[1] * 30, [2, 3, 4, 5, 6, 7, 8], [17, 1, 12]])
@@ -330,13 +364,26 @@ def test_a_wrong_product_is_an_error_with_its_reason(
         ({"x": random(4, 48)}, "x has another width than its heads"),
         ({"norms": random(3, 16)}, "norms must be"),
         ({"cos": random(4, 4)}, "cos and sin must be"),
-        ({"cache_0": random(9, 8)}, "a KV row has another size than head_dim"),
+        ({"cache_0": random(9, 8).astype(np.float16)}, "a KV row has another size than head_dim"),
     ],
 )
 def test_wrong_attention_is_an_error_with_its_reason(changed: dict[str, Array], message: str) -> None:
     inputs = attention_inputs(**changed)
     with pytest.raises(Exception, match=f"CachedAttention: .*{message}"):
         run("CachedAttention", inputs, FLOAT, num_heads=2, num_kv_heads=1, window=0, epsilon=1e-6)
+
+
+def test_rows_in_float32_are_an_error() -> None:
+    with pytest.raises(Exception, match="float"):
+        run(
+            "CachedAttention",
+            attention_inputs(cache_0=random(9, 16)),
+            FLOAT,
+            num_heads=2,
+            num_kv_heads=1,
+            window=0,
+            epsilon=1e-6,
+        )
 
 
 def test_more_kv_heads_than_arrays_is_an_error() -> None:
