@@ -2,6 +2,7 @@ import ctypes
 import errno
 import mmap
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from runtime import engine, native
 from runtime.engine import Runtime
+from runtime.errors import ArtifactError
 from runtime.page_cache import read_ahead
 from tests.layouts import needs_native
 from tests.models import ONE_THREAD
@@ -186,6 +188,22 @@ def test_native_weights_are_read_but_for_the_ple_table(
     Runtime.load(folder, profile=ONE_THREAD).close()
     assert asked == [[folder / name for name in ("decoder.onnx.data", "drafter.onnx.data", "token_table.bin")]]
     assert (folder / "ple_table.bin").exists(), "of which a token needs one row"
+
+
+@needs_native
+@pytest.mark.parametrize("is_there", [False, True], ids=["missing", "empty"])
+@pytest.mark.parametrize("name", ["decoder.onnx.data", "drafter.onnx.data", "token_table.bin"])
+def test_a_damaged_file_is_refused_before(
+    name: str, is_there: bool, tiny_artifact: Callable[..., Path], tmp_path: Path, asked: list[list[Path]]
+) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(tiny_artifact("wide", 4, "int8", "native"), folder)
+    (folder / name).unlink()
+    if is_there:
+        (folder / name).touch()
+    with pytest.raises(ArtifactError, match=f"{name} is {'0 bytes, expected [0-9,]+' if is_there else 'missing'}"):
+        Runtime.load(folder, profile=ONE_THREAD)
+    assert asked == []
 
 
 def test_a_portable_artifact_is_not_read(tiny_artifact: Callable[..., Path], asked: list[list[Path]]) -> None:
