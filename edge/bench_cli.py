@@ -15,7 +15,9 @@ from edge.bench.plan import Plan, quick
 from edge.bench.suite import run_bench
 from edge.command import CommandParser, run_command
 from profiles import available_profiles, load_profile
+from runtime import native
 from runtime.errors import EdgeError
+from runtime.manifest import read_manifest
 
 NAME = "edge-bench"
 LAYOUTS = ("native", "portable")
@@ -66,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-budget", metavar="BYTES", help='such as "2 GiB" (default: the profile\'s)')
     parser.add_argument("--threads", type=int, metavar="N", help="threads instead of the profile's")
     parser.add_argument(
+        "--instruction-set", metavar="NAME", help=f"force the native ops to one of {', '.join(native.INSTRUCTION_SETS)}"
+    )
+    parser.add_argument(
         "--assume-acceptance",
         type=_probability,
         action="append",
@@ -94,11 +99,35 @@ def _bench(options: argparse.Namespace) -> None:
         profile = replace(profile, num_threads=options.threads)
     if options.json:
         _check_destination(options.json)
+    if options.instruction_set is not None:
+        _force_instruction_set(options.instruction_set)
     artifact = _artifact(options)
+    if options.instruction_set is not None:
+        _check_layout(artifact, options.instruction_set)
     report = run_bench(artifact, profile, options.memory_budget, plan, _silence if options.quiet else _progress)
+    if report.about["layout"] == "native":
+        print(f"layout native, instruction set {report.about['instruction_set']}")
     print(report.table(), flush=True)
     if options.json:
         _write_json(options.json, report)
+
+
+def _force_instruction_set(name: str) -> None:
+    """Comes before anything runs the self-test: it holds for the instruction set that it ran on."""
+    names = native.runnable_instruction_sets()
+    if names and name not in names:
+        raise EdgeError(f"--instruction-set {name}: this machine runs {', '.join(names)}; choose one of them")
+    native.force_instruction_set(name)
+    if reason := native.unusable_because():
+        raise EdgeError(f"--instruction-set {name}: the native ops cannot be used: {reason}")
+
+
+def _check_layout(artifact: Path, instruction_set: str) -> None:
+    if read_manifest(artifact).layout != "native":
+        raise EdgeError(
+            f"--instruction-set {instruction_set}: {artifact} has the portable layout, which does not use the native "
+            "ops; leave the option out or measure one of the native layout"
+        )
 
 
 def _artifact(options: argparse.Namespace) -> Path:

@@ -23,7 +23,7 @@ from runtime.errors import ArtifactError, BusyError, ClosedError, InferenceError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
 from runtime.layout import DECODER, DRAFTER, Layout
-from runtime.manifest import Manifest, read_manifest, verify_digests
+from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
 from runtime.page_cache import read_ahead
 from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
@@ -98,6 +98,7 @@ class Runtime:
             manifest = read_manifest(folder)
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         if manifest.layout == "native":  # else the sessions read all weights once and keep them repacked
+            check_files(folder, manifest)
             weights = {matrix.file for matrix in manifest.matrices} - {manifest.ple_table.file}
             read_ahead([folder / name for name in sorted(weights)])
         verify_digests(folder, manifest, cache=user_cache_folder())

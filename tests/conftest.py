@@ -12,6 +12,7 @@ import pytest
 
 from profiles import DeviceProfile
 from quant.recipe import make_recipe
+from runtime import native
 from runtime.layout import Layout
 from tests.layouts import each_layout
 from tests.models import ONE_THREAD, TinyModels, open_models
@@ -101,6 +102,16 @@ def both_layouts(
         return export_both(tiny_checkpoint(shape), folder, bits=bits, block_size=block_size)
 
     return make
+
+
+@pytest.fixture
+def best_instruction_set() -> Iterator[str]:
+    """The one that the native ops use unless a test forces another, and use again behind the test."""
+    native.force_instruction_set(None)
+    native.unusable_because.cache_clear()
+    yield native.instruction_set()
+    native.force_instruction_set(None)
+    native.unusable_because.cache_clear()
 
 
 @pytest.fixture

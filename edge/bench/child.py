@@ -18,6 +18,7 @@ from edge.bench.drafting import GREEDY
 from edge.bench.opened import OpenedArtifact
 from edge.command import EXIT_INTERRUPTED, run_command
 from profiles import DeviceProfile
+from runtime import native
 from runtime.drafting import DraftCounts
 from runtime.engine import Runtime
 from runtime.errors import EdgeError
@@ -31,8 +32,12 @@ SETTLED_SECONDS = 2.5  # younger files' digests are not remembered: their clocks
 
 
 def measure(kind: str, artifact: Path, profile: DeviceProfile, budget: str | None, **sizes: int) -> dict[str, Any]:
-    """Runs one measurement in a fresh process and returns what it found; EdgeError with its line where it failed."""
+    """Runs one measurement in a fresh process and returns what it found; EdgeError with its line where it failed.
+
+    The native ops use the same instruction set there as in this process.
+    """
     options = {"artifact": str(artifact), "profile": asdict(profile), "memory_budget": budget, **sizes}
+    options["instruction_set"] = native.instruction_set()
     path = os.pathsep.join(entry for entry in (str(Path(__file__).parents[2]), *sys.path) if entry)
     command = [sys.executable, "-m", "edge.bench.child", kind, json.dumps(options)]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
@@ -131,6 +136,7 @@ def measure_memory(options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _load(options: Mapping[str, Any]) -> Runtime:
+    native.force_instruction_set(options["instruction_set"])
     profile = DeviceProfile(**options["profile"] | {"providers": tuple(options["profile"]["providers"])})
     return Runtime.load(options["artifact"], profile=profile, memory_budget=options["memory_budget"])
 

@@ -18,6 +18,7 @@ from edge.bench.roofline import Roofline
 from edge.bench.speed import Key, Progress, SpeedRun
 from edge.bench.workload import Limits, Workload
 from profiles import DeviceProfile
+from runtime import native
 from runtime.engine import Runtime
 from runtime.manifest import Manifest, read_manifest
 
@@ -211,6 +212,7 @@ def _about(artifact: Path, opened: OpenedArtifact, plan: Plan, roofline: Rooflin
         "artifact": str(artifact),
         "recipe": opened.manifest.recipe,
         "layout": opened.layout,
+        "instruction_set": native.instruction_set() if opened.layout == "native" else None,
         "profile": profile.name,
         "num_threads": roofline.num_threads,
         "context_tokens": opened.runtime.context_tokens,

@@ -15,6 +15,8 @@ import onnxruntime as ort
 
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 SELF_TEST = Path(__file__).parent / "self_test.onnx"
+# All that there are, in the order in which `dispatch.cpp` prefers them.
+INSTRUCTION_SETS = ("avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod", "scalar", "avx512vl-vnni-256")
 TOLERANCE = 1e-4  # of values near 1, sums of 32 products in float32
 
 
@@ -96,3 +98,11 @@ def force_instruction_set(name: str | None) -> bool:
     """Forces an instruction set for the process, None for the best; False where this build or processor lacks it."""
     loaded = _library()
     return bool(loaded and loaded.edge_force_instruction_set(name.encode() if name else None))
+
+
+def runnable_instruction_sets() -> tuple[str, ...]:
+    """Names that can be forced here, none without the ops; forces each for a moment, so not while a session runs."""
+    before = instruction_set()
+    names = tuple(filter(force_instruction_set, INSTRUCTION_SETS))
+    force_instruction_set(before)
+    return names

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from edge import EdgeError, Runtime
-from edge.bench.child import SampledPeak, evict
+from edge.bench.child import SampledPeak, evict, measure
 from edge.bench.drafting import AssumedTarget, run_rounds
 from edge.bench.figures import Report, figure
 from edge.bench.onnx_bytes import quantized_product
@@ -19,11 +19,15 @@ from edge.bench.opened import OpenedArtifact, TokenIds, session_clock
 from edge.bench.roofline import Roofline, stream_read
 from edge.bench.workload import Limits, Workload
 from edge.bench_cli import _write_json
+from runtime import native
 from runtime.drafter import Draft
 from runtime.generation import DraftCounts, Request, generate_blocks
 from runtime.manifest import read_manifest
 from runtime.sampling import SamplingParams
+from runtime.step_costs import costs_record
 from runtime.target import Forward
+from tests.layouts import needs_native
+from tests.models import ONE_THREAD
 
 VOCABULARY = 50
 GREEDY = SamplingParams(temperature=0.0)
@@ -240,6 +244,24 @@ def test_a_peak_between_two_looks_is_seen() -> None:
         after = peak.take().anonymous_bytes
     assert with_buffer - before > 60 << 20
     assert after <= with_buffer
+
+
+@needs_native
+@pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
+def test_a_fresh_process_uses_the_same_instruction_set(
+    name: str,
+    tiny_artifact: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best_instruction_set: str,
+) -> None:
+    if not native.force_instruction_set(name):
+        pytest.skip(f"this processor does not run {name}")
+    folder = tiny_artifact("wide", 4, "int8", "native")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measure("load", folder, ONE_THREAD, None)
+    cache = tmp_path / "gemma-edge"
+    assert list(cache.glob("costs-*")) == [costs_record(cache, folder / "manifest.json", ONE_THREAD.num_threads)]
 
 
 def test_an_evicted_artifact_is_as_before(tiny_artifact: Callable[..., Path]) -> None:

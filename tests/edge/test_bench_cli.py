@@ -11,10 +11,27 @@ from typing import Any, NamedTuple
 import pytest
 
 from edge import bench_cli
+from edge.bench.plan import Plan
+from runtime import native
 from tests.commands import Capture, assert_fails, run
+from tests.layouts import needs_native
 from tests.test_imports import CORE_ALONE, run_python
 
 ROOT = Path(__file__).parents[2]
+TINY = Plan(
+    prompts=(8,),
+    decode_contexts=(8,),
+    verify_contexts=(8,),
+    first_token_prompt=8,
+    memory_context=8,
+    memory_tokens=2,
+    drafting_context=8,
+    num_passes=1,
+    num_repeats=1,
+    num_loads=1,
+    outside_tokens=4,
+    stream_bytes=1,
+)
 
 
 class Ran(NamedTuple):
@@ -97,6 +114,75 @@ def test_the_table_has_a_line_for_each(ran: Ran) -> None:
     assert len(lines) == 1 + len(EXPECTED)
     assert all(line.startswith("edge-bench: ") for line in ran.progress.splitlines())
     assert ran.json["about"]["num_threads"] == 1
+
+
+def test_a_portable_artifact_has_no_instruction_set(ran: Ran) -> None:
+    assert (ran.json["about"]["layout"], ran.json["about"]["instruction_set"]) == ("portable", None)
+    assert "instruction set" not in ran.table
+
+
+@needs_native
+@pytest.mark.parametrize("forced", [None, "scalar"])
+def test_the_report_names_the_instruction_set(
+    forced: str | None,
+    tiny_artifact: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Capture,
+    best_instruction_set: str,
+) -> None:
+    monkeypatch.setattr(bench_cli, "quick", lambda acceptances: TINY)
+    file = tmp_path / "report.json"
+    options = [tiny_artifact("wide", 4, "int8", "native"), "--quick", "--quiet", "--threads", "1", "--json", file]
+    assert run(bench_cli.main, [*options, *(["--instruction-set", forced] if forced else [])]) == 0
+    name = forced or best_instruction_set
+    assert capfd.readouterr().out.splitlines()[0] == f"layout native, instruction set {name}"
+    about = json.loads(file.read_text())["about"]
+    assert (about["layout"], about["instruction_set"]) == ("native", name)
+    assert native.instruction_set() == name
+
+
+@needs_native
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_instruction_set_that_is_not_there(is_known: bool, capfd: Capture, best_instruction_set: str) -> None:
+    names = native.runnable_instruction_sets()
+    name = next(name for name in native.INSTRUCTION_SETS if name not in names) if is_known else ""
+    match = f"^edge-bench: --instruction-set {name}: this machine runs {', '.join(names)}; choose one of them$"
+    assert_fails(bench_cli.main, ["none", "--instruction-set", name], match, capfd)
+    assert native.instruction_set() == best_instruction_set
+
+
+@needs_native
+def test_an_instruction_set_for_a_portable_artifact(
+    tiny_artifact: Callable[..., Path], capfd: Capture, best_instruction_set: str
+) -> None:
+    match = "^edge-bench: --instruction-set scalar: .*/artifact has the portable layout, which does not use the native"
+    assert_fails(bench_cli.main, [tiny_artifact("wide", 4), "--instruction-set", "scalar"], match, capfd)
+
+
+def test_an_instruction_set_without_native_ops(
+    monkeypatch: pytest.MonkeyPatch, capfd: Capture, best_instruction_set: str
+) -> None:
+    match = "^edge-bench: --instruction-set scalar: the native ops cannot be used: they were not built"
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library_path", lambda: None)
+        native._library.cache_clear()
+        assert_fails(bench_cli.main, ["none", "--instruction-set", "scalar"], match, capfd)
+    native._library.cache_clear()
+
+
+@needs_native
+def test_an_instruction_set_that_fails_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, capfd: Capture, best_instruction_set: str
+) -> None:
+    def outputs(path: Path) -> dict[str, Any]:
+        found = run_self_test(path)
+        return found | {"total": found["total"] + (native.instruction_set() == "scalar")}
+
+    run_self_test = native._run_self_test
+    monkeypatch.setattr(native, "_run_self_test", outputs)
+    match = "^edge-bench: --instruction-set scalar: the native ops cannot be used: their self-test fails: total on scal"
+    assert_fails(bench_cli.main, ["none", "--instruction-set", "scalar"], match, capfd)
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {

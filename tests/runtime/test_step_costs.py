@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import engine
+from runtime import engine, native
 from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
 from runtime.engine import Runtime
@@ -22,6 +22,7 @@ from runtime.step_costs import (
     remember_costs,
 )
 from runtime.target import Forward
+from tests.layouts import needs_native
 from tests.models import ONE_THREAD
 
 COSTS = StepCosts((1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8), 0.01, OVERHEAD_SECONDS)
@@ -170,6 +171,16 @@ def test_a_record_is_of_one_artifact_machine_and_version(
         assert other() != record
     (tmp_path / "manifest.json").write_text("{ }")
     assert other() != record
+
+
+@needs_native
+def test_a_forced_instruction_set_has_costs_of_its_own(record: Path, tmp_path: Path, best_instruction_set: str) -> None:
+    names, records = native.runnable_instruction_sets(), set()
+    for name in names:
+        native.force_instruction_set(name)
+        records.add(costs_record(tmp_path / "cache", tmp_path / "manifest.json", 2))
+    assert len(records) == len(names)
+    assert record in records
 
 
 # the engine

@@ -1,5 +1,6 @@
 """Whether the native ops may be used: the self-test, and what happens where it does not pass."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_every_instruction_set_of_this_processor_passes() -> None:
     best = native.instruction_set()
     passed = []
     try:
-        for name in ("avx512vnni", "avxvnni", "avx2", "neon-i8mm", "neon-dotprod", "scalar"):
+        for name in native.INSTRUCTION_SETS:
             if native.force_instruction_set(name):
                 native.unusable_because.cache_clear()
                 assert native.unusable_because() is None, name
@@ -49,9 +50,31 @@ def test_an_unknown_instruction_set_is_not_there() -> None:
     assert not native.force_instruction_set("mmx")
 
 
+def test_the_names_are_those_of_the_sources() -> None:
+    sources = Path(native.__file__).parent.glob("src/kernels_*.cpp")
+    found = [re.search(r'Kernels table\b[^;]*?"([a-z0-9-]+)"', source.read_text(), re.S) for source in sources]
+    assert sorted(name[1] if name else "" for name in found) == sorted(native.INSTRUCTION_SETS)
+
+
+def test_what_this_processor_runs(best_instruction_set: str) -> None:
+    names = native.runnable_instruction_sets()
+    assert names[0] == best_instruction_set
+    assert "scalar" in names
+    assert all(native.force_instruction_set(name) == (name in names) for name in native.INSTRUCTION_SETS)
+    for name in names:
+        native.force_instruction_set(name)
+        assert native.runnable_instruction_sets() == names
+        assert native.instruction_set() == name
+
+
 def test_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "library_path", lambda: None)
     assert "not built" in (native.unusable_because() or "")
+    native._library.cache_clear()
+    try:
+        assert native.runnable_instruction_sets() == ()
+    finally:
+        native._library.cache_clear()
 
 
 def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
