@@ -24,7 +24,7 @@ FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the dat
 SCORE_COPIES = 6
 # of runtime/native/src/attention_op.cpp and kernels.hpp; of the threads, each with scratch of its own, 16 count
 TILE_QUERIES, SMALL_TILE_QUERIES, TILES_AT_ONCE, SHARING_TILES, WAVE_STATES = 8, 4, 4, 16, 256
-SEGMENT_KEYS, COUNTED_THREADS = 64, 16
+SEGMENT_KEYS, COUNTED_THREADS = 128, 16
 
 
 def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: int) -> int:

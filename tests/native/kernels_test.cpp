@@ -486,7 +486,7 @@ void check(const Kernels& table) {
     check_matrices(table);
     for (const int num_queries : {1, 3, 4, 5, edge::kTileQueries})
         for (const int head_dim : {6, 20, 64, 256})
-            for (const int num_keys : {1, 2, 7, 33, edge::kSegmentKeys})
+            for (const int num_keys : {1, 2, 7, 33, edge::kMaxSegmentKeys})
                 check_attention(table, num_queries, head_dim, num_keys);
     for (const int count : {1, 7, 8, 16, 40}) check_scale_add(table, count);
     check_halves(table);

@@ -112,7 +112,7 @@ def test_a_larger_chunk_needs_more(manifest, one_thread):
         ("attention_op.cpp", "kWaveStates", budget.WAVE_STATES),
         ("attention_op.cpp", "kSharingTiles", budget.SHARING_TILES),
         ("attention_op.cpp", "kTilesAtOnce", budget.TILES_AT_ONCE),
-        ("kernels.hpp", "kSegmentKeys", budget.SEGMENT_KEYS),
+        ("kernels.hpp", "kMaxSegmentKeys", budget.SEGMENT_KEYS),
         ("kernels.hpp", "kTileQueries", budget.TILE_QUERIES),
         ("kernels.hpp", "kSmallTileQueries", budget.SMALL_TILE_QUERIES),
     ],

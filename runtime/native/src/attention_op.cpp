@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kMaxHeads = 256;
 constexpr int kMaxHeadDim = 1024;
-constexpr int kSmallTokens = 2;        // preparing so few takes less than handing them to other threads
+constexpr int kSmallTokens = 8;        // preparing so few takes less than handing them to other threads
 constexpr int kSharingTiles = 16;      // up to so many tiles share each segment's rows, for more each thread has its own
 constexpr int kWaveStates = 256;       // partial results that are held at once
 constexpr int kTilesAtOnce = 4;        // of one thread's own, for which a segment's rows stay in the cache
@@ -57,7 +57,7 @@ void Rotary::compute(const Context& context) const {
             }
         }
     };
-    if (num_tokens <= 4 * kSmallTokens) work();
+    if (num_tokens <= kSmallTokens) work();
     else context.run_on_all_threads(work);
 }
 
@@ -142,11 +142,12 @@ class CachedAttention::Call {
     float* queries_of(int tile) const { return queries_ + size_t(tile) * tile_rows() * size_t(padded(head_dim_)); }
     int first_new_row() const { return stop_ - num_tokens_; }
 
-    // Segments begin at multiples of kSegmentKeys tokens, wherever their rows lie in the arrays: so a query's sums
+    // Segments begin at multiples of segment_keys() tokens, wherever their rows lie in the arrays: so a query's sums
     // are made of the same pieces in every call.
-    int segment_of(int row) const { return (position_ + row - start_) / kSegmentKeys; }
-    int segment_start(int segment) const { return std::max(start_, segment * kSegmentKeys - position_ + start_); }
-    int segment_stop(int segment) const { return std::min(stop_, (segment + 1) * kSegmentKeys - position_ + start_); }
+    int segment_keys() const { return op_.window_ ? kWindowSegmentKeys : kMaxSegmentKeys; }
+    int segment_of(int row) const { return (position_ + row - start_) / segment_keys(); }
+    int segment_start(int segment) const { return std::max(start_, segment * segment_keys() - position_ + start_); }
+    int segment_stop(int segment) const { return std::min(stop_, (segment + 1) * segment_keys() - position_ + start_); }
 
     // In the order of tokens.
     void make_tiles() {

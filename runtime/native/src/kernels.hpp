@@ -7,12 +7,15 @@
 namespace edge {
 
 constexpr int kMaxTileRows = 8;
-constexpr int kSegmentKeys = 64;   // keys of one attention segment, aligned to absolute positions
-constexpr int kTileQueries = 8;   // queries of one attention tile: heads of one token that share a KV head
 
+// Keys of one attention segment, aligned to absolute positions: in a window so few that it has work for several
+// threads, else more, since every segment's partial result is written and read again.
+constexpr int kWindowSegmentKeys = 64;
+constexpr int kMaxSegmentKeys = 128;
+constexpr int kTileQueries = 8;       // of one attention tile: heads of one token that share a KV head
 constexpr int kSmallTileQueries = 4;  // of a tile that takes half the work
-constexpr int kRowFloats = 16;       // rows of queries are padded to a multiple, for the widest vectors
-constexpr int kScoreFloats = (kSegmentKeys + kTileQueries) * kTileQueries;  // keys are scored several at once
+constexpr int kRowFloats = 16;        // rows of queries are padded to a multiple, for the widest vectors
+constexpr int kScoreFloats = (kMaxSegmentKeys + kTileQueries) * kTileQueries;  // keys are scored several at once
 
 // Rows of activations, quantized to int8 with a scale for each row and block and interleaved as `multiply` reads them.
 struct QuantizedTile {
@@ -29,7 +32,7 @@ struct AttentionSegment {
     int row_size;            // of queries and outputs: head_dim, rounded up to a multiple of kRowFloats
     const uint16_t* keys;    // [num_keys][head_dim] float16
     const uint16_t* values;  // [num_keys][head_dim] float16
-    int num_keys;            // 1 to kSegmentKeys
+    int num_keys;            // 1 to kMaxSegmentKeys
     bool reads_ahead;        // nobody has read these rows just now
 };
 
