@@ -27,7 +27,7 @@ from runtime.manifest import Manifest, check_files, read_manifest, verify_digest
 from runtime.page_cache import read_ahead
 from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
-from runtime.session import check_signature, open_session
+from runtime.session import check_signature, new_run_options, open_session
 from runtime.signature import Signature, decoder_signature, drafter_signature
 from runtime.step_costs import costs_record, measure_step_costs, recall_costs, remember_costs
 from runtime.stream import Generation, GenerationRun, GenerationStream
@@ -267,7 +267,7 @@ class Runtime:
             self._current = run
         with self._step_lock:  # the one that was cancelled may be in its last step
             loaded.target.cache.clear()
-            loaded.target.run_options = ort.RunOptions()
+            loaded.target.run_options = new_run_options()
         return loaded.target, loaded.drafter
 
     @contextmanager

@@ -10,6 +10,7 @@ from runtime.kv_cache import KVCache
 from runtime.layout import Layout
 from runtime.memory import release_free_memory
 from runtime.model_config import ModelConfig
+from runtime.session import new_run_options
 from runtime.tables import RowTable
 
 RELEASING_TOKENS = 64  # of a forward whose activations are worth giving back: 13 MiB in E2B, in 1 ms
@@ -32,7 +33,7 @@ class TargetModel:
         self.token_table = token_table
         self.ple_table = ple_table
         self.layout = layout
-        self.run_options = ort.RunOptions()
+        self.run_options = new_run_options()
         self._decoder = make_decoder(layout, session, model, cache)
 
     @property
