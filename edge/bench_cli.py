@@ -33,6 +33,8 @@ figures (medians over interleaved passes, with their range):
   outside sessions a round               ms of Python and sampling: no drafts, drafts greedy, drafts sampled
   net speed at acceptance P (simulated)  drafting relative to none where each draft stands with probability P;
                                          tokens a round beside it. All work is done, acceptance alone is made up
+  drafting on prompts                    with --prompts: drafts that stood, and the speed of decoding relative to no
+                                         drafts: as many drafts as pay, and a fixed number. One sample a prompt, greedy
   load                                   s, cold (files dropped from the page cache) and warm, in a fresh process
                                          that need not verify digests; also up to a first token, and the
                                          tokenizer alone
@@ -78,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="also simulate that each draft stands with probability P; repeatable",
     )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='also measure drafting on real text: a JSON list of texts, or of objects with a "text"',
+    )
     parser.add_argument("--quick", action="store_true", help="fewer samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON too")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -93,7 +101,9 @@ def _probability(text: str) -> float:
 
 def _bench(options: argparse.Namespace) -> None:
     acceptances = tuple(dict.fromkeys(options.assume_acceptance))
-    plan = quick(acceptances) if options.quick else Plan(acceptances=acceptances)
+    plan = replace(quick() if options.quick else Plan(), acceptances=acceptances)
+    if options.prompts is not None:
+        plan = replace(plan, prompt_texts=_prompt_texts(options.prompts))
     profile = load_profile(options.profile)
     if options.threads is not None:
         profile = replace(profile, num_threads=options.threads)
@@ -110,6 +120,21 @@ def _bench(options: argparse.Namespace) -> None:
     print(report.table(), flush=True)
     if options.json:
         _write_json(options.json, report)
+
+
+def _prompt_texts(path: Path) -> tuple[str, ...]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EdgeError(f"--prompts {path}: {error.strerror}; name a file that can be read") from error
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise EdgeError(f"--prompts {path}: {error}; expected a JSON list of texts") from error
+    if isinstance(entries, list):
+        found = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
+        texts = [text for text in found if isinstance(text, str) and text]
+        if texts and len(texts) == len(found):
+            return tuple(texts)
+    raise EdgeError(f'--prompts {path}: expected a JSON list of texts, or of objects with a "text", and at least one')
 
 
 def _force_instruction_set(name: str) -> None:

@@ -22,10 +22,12 @@ class Plan:
     num_repeats: int = 3
     num_loads: int = 3
     outside_tokens: int = 16
-    outside_drafts: int = 3
+    fixed_drafts: int = 3
     assumed_tokens: int = 96
     stream_bytes: int = 1 << 30
     acceptances: tuple[float, ...] = ()
+    prompt_texts: tuple[str, ...] = ()
+    text_tokens: int = 96
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -33,7 +35,7 @@ class Plan:
         return tuple(sorted({*self.decode_contexts, *self.verify_contexts}))
 
 
-def quick(acceptances: tuple[float, ...] = ()) -> Plan:
+def quick() -> Plan:
     """Every figure, from as few samples as give a median."""
     return Plan(
         num_passes=2,
@@ -43,5 +45,5 @@ def quick(acceptances: tuple[float, ...] = ()) -> Plan:
         outside_tokens=8,
         assumed_tokens=16,
         stream_bytes=1 << 28,
-        acceptances=acceptances,
+        text_tokens=32,
     )

@@ -13,6 +13,7 @@ from edge.bench.roofline import Roofline
 from runtime.sampling import SamplingParams
 
 SAMPLED = SamplingParams()
+STEPS_A_REPEAT = 3
 Key = tuple[str | int | float, ...]
 Progress = Callable[[str], None]
 
@@ -45,6 +46,8 @@ class SpeedRun:
             self._progress(f"{where}: draft-verify rounds")
             self._measure_outside()
             self._measure_assumed(index)
+            for text in self._plan.prompt_texts[index :: self._plan.num_passes]:  # each once in a run
+                self._measure_text(text)
             self._measure_roofline()
 
     def _warm_up(self) -> None:
@@ -86,25 +89,31 @@ class SpeedRun:
             self.samples["first_token", num_tokens].append(generation.stats.time_to_first_token_ms)
 
     def _measure_forwards(self, context: int) -> None:
-        """Forwards of several sizes in turn, each followed by a trim, so that all see the same context."""
-        is_verified = context in self._plan.verify_contexts
-        sizes = VERIFY_SIZES if is_verified else (1, 1, 1)
+        """Decode steps, then forwards of several sizes in turn, each followed by a trim: all see the same context."""
+        sizes = VERIFY_SIZES if context in self._plan.verify_contexts else ()
         if not self._fits(("step", context), context):
             return
         self._measure_roofline()
         self._opened.jump(context)
-        self._timed_forward(1)  # dropped: the first one reads the rows that were just written
+        for size in (1, *sizes):
+            self._timed_forward(size)  # dropped: the first ones read the rows that were just written
         for repeat in range(self._plan.num_repeats):
-            seconds: dict[int, float] = {}
             stream = self._roofline.stream()  # right beside: what memory gives may change from one second to the next
-            for size in np.roll(sizes, repeat * 3).tolist():
-                seconds[size] = self._timed_forward(size)
-                self.samples["forward", context, size].append(seconds[size])
-                self.samples["stream_beside", context, size].append(stream)
-            for size in sizes[1:] if is_verified else ():
+            for _ in range(STEPS_A_REPEAT):
+                self._sample_forward(context, 1, stream)
+            seconds = {
+                size: self._sample_forward(context, size, stream) for size in np.roll(sizes, repeat * 3).tolist()
+            }
+            for size in sizes[1:]:
                 self.samples["verify", context, size].append(seconds[size] / seconds[1])
-            if is_verified:
+            if sizes:
                 self._measure_drafter(context, seconds[1])
+
+    def _sample_forward(self, context: int, size: int, stream: float) -> float:
+        seconds = self._timed_forward(size)
+        self.samples["forward", context, size].append(seconds)
+        self.samples["stream_beside", context, size].append(stream)
+        return seconds
 
     def _timed_forward(self, num_tokens: int) -> float:
         target, token_ids = self._opened.target, self._take(num_tokens)
@@ -143,7 +152,7 @@ class SpeedRun:
                 plan.drafting_context,
                 plan.outside_tokens,
                 params=params,
-                num_draft_tokens=min(plan.outside_drafts, opened.num_draft_tokens),
+                num_draft_tokens=min(plan.fixed_drafts, opened.num_draft_tokens),
             )
             self.samples["outside", mode] += [seconds * 1e3 for seconds in rounds.outside_seconds]
             self.samples["drafts", mode].append(rounds.drafts_per_round)
@@ -160,6 +169,28 @@ class SpeedRun:
             self.samples["net", acceptance].append(rounds.tokens_per_second / plain.tokens_per_second)
             self.samples["round", acceptance].append(rounds.tokens_per_round)
             self.samples["drafted", acceptance].append(rounds.drafts_per_round)
+
+    def _measure_text(self, text: str) -> None:
+        """Decoding behind a real prompt: without drafts, with as many as pay, with a fixed number; in turn."""
+        opened, plan = self._opened, self._plan
+        num_tokens = opened.runtime.count_tokens(text) + plan.text_tokens
+        if not self._fits(("texts",), num_tokens) or opened.num_draft_tokens == 0:
+            return
+        fixed = min(plan.fixed_drafts, opened.num_draft_tokens)
+        speeds = {}
+        for name, num_drafts in {"plain": 0, "adaptive": None, "fixed": fixed}.items():
+            generation = opened.runtime.generate(
+                text, max_tokens=plan.text_tokens, temperature=0.0, num_draft_tokens=num_drafts
+            )
+            stats = generation.stats
+            if stats.num_generated_tokens < 2:
+                return  # it ends at once
+            speeds[name] = stats.decode_tokens_per_second
+            if name != "plain":
+                self.samples["text_net", name].append(speeds[name] / speeds["plain"])
+                self.samples["text_drafted", name].append(stats.num_drafted)
+                self.samples["text_accepted", name].append(stats.num_accepted)
+                self.samples["text_round", name].append(stats.mean_acceptance_length)
 
     def _assumed_rounds(self, acceptance: float, seed: int, *, is_drafting: bool) -> Rounds:
         opened, plan = self._opened, self._plan

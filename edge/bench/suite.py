@@ -23,6 +23,7 @@ from runtime.engine import Runtime
 from runtime.manifest import Manifest, read_manifest
 
 MB = 1e6
+TEXT_DRAFTS = {"adaptive": "as many drafts as pay", "fixed": "a fixed number of drafts"}
 OUTSIDE = {"plain": "no drafts", "greedy": "drafts, greedy", "sampled": "drafts, sampled"}
 
 
@@ -118,6 +119,7 @@ class SpeedFigures:
             self._first_token(),
             *(self._outside(mode) for mode in OUTSIDE),
             *(entry for acceptance in plan.acceptances for entry in self._assumed(acceptance)),
+            *(entry for name in TEXT_DRAFTS if plan.prompt_texts for entry in self._texts(name)),
         ]
 
     def _samples(self, *key: str | float) -> list[float]:
@@ -198,6 +200,20 @@ class SpeedFigures:
         return [
             figure(f"net.{acceptance:g}", f"net speed at {where}", "of plain", net, simulated=True, note=note),
             figure(f"tokens_per_round.{acceptance:g}", f"tokens a round at {where}", "tokens", tokens, simulated=True),
+        ]
+
+    def _texts(self, name: str) -> list[Figure]:
+        drafted, accepted = (self._samples(key, name) for key in ("text_drafted", "text_accepted"))
+        what, note = f"prompts, {TEXT_DRAFTS[name]}", self._missing(("texts",))
+        shares = [100 * part / whole for part, whole in zip(accepted, drafted, strict=True) if whole]
+        if drafted:
+            note = f"{len(drafted)} prompts"
+        whole = f"{sum(accepted):.0f} of {sum(drafted):.0f} drafts" if sum(drafted) else note
+        net, tokens = self._samples("text_net", name), self._samples("text_round", name)
+        return [
+            figure(f"text_acceptance.{name}", f"acceptance, {what}", "%", shares, note=whole),
+            figure(f"text_net.{name}", f"net speed, {what}", "of plain", net, note=note),
+            figure(f"text_round.{name}", f"tokens a round, {what}", "tokens", tokens, note=note),
         ]
 
 

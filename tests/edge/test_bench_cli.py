@@ -45,7 +45,9 @@ class Ran(NamedTuple):
 @pytest.fixture(scope="module")
 def ran(tiny_artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
     file = tmp_path_factory.mktemp("bench") / "report.json"
-    assumed = ["--assume-acceptance", "1", "--assume-acceptance", "0.0"]
+    prompts = file.with_name("prompts.json")
+    prompts.write_text(json.dumps(["The first", {"text": "another prompt", "kind": "prose"}]))
+    assumed = ["--assume-acceptance", "1", "--assume-acceptance", "0.0", "--prompts", str(prompts)]
     command = [sys.executable, "-m", "edge.bench_cli", str(tiny_artifact("wide", 4)), "--quick", "--threads", "1"]
     result = subprocess.run(
         [*command, *assumed, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -63,6 +65,7 @@ EXPECTED = [
     "first_token.512",
     *(f"outside.{mode}" for mode in ("plain", "greedy", "sampled")),
     *(f"{name}.{acceptance}" for acceptance in (1, 0) for name in ("net", "tokens_per_round")),
+    *(f"text_{name}.{drafts}" for drafts in ("adaptive", "fixed") for name in ("acceptance", "net", "round")),
     *(f"{name}.{kind}" for kind in ("cold", "warm") for name in ("load", "load_and_token")),
     "load.tokenizer",
     *(f"memory.{name}" for name in ("decode_anonymous", "decode_mapped", "prefill_anonymous", "loading_anonymous")),
@@ -81,8 +84,10 @@ def test_every_figure_is_there(ran: Ran) -> None:
         assert entry["unit"]
         if key in TOO_LONG:
             assert (entry["value"], entry["note"]) == (None, "the context holds 2,048 tokens")
-        elif key == "load.cold":
-            assert entry["value"] is None or entry["value"] > 0
+        elif key in ("load.cold", "text_acceptance.adaptive"):  # the policy may draft nothing
+            assert entry["value"] is None or entry["value"] >= 0
+        elif key == "text_acceptance.fixed":
+            assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 100
         else:
             assert entry["value"] > 0
             assert entry["low"] <= entry["value"] <= entry["high"]
@@ -98,7 +103,16 @@ def test_simulated_figures_are_labelled(ran: Ran) -> None:
     simulated = {key for key, entry in ran.json["figures"].items() if entry["simulated"]}
     assert simulated == {"net.1", "tokens_per_round.1", "net.0", "tokens_per_round.0"}
     for line in ran.table.splitlines():
-        assert ("(simulated)" in line) == ("acceptance" in line)
+        assert ("(simulated)" in line) == ("at acceptance" in line)
+
+
+def test_every_prompt_is_taken_once(ran: Ran) -> None:
+    figures = ran.json["figures"]
+    assert figures["text_net.adaptive"]["num_samples"] == figures["text_net.fixed"]["num_samples"] == 2
+    accepted, drafted = map(int, re.findall("[0-9]+", figures["text_acceptance.fixed"]["note"]))
+    rounds = figures["text_round.fixed"]
+    assert 0 <= accepted <= drafted and drafted > 0
+    assert 1 <= rounds["low"] <= rounds["high"] <= 4  # three drafts and the target's own token
 
 
 def test_assumed_acceptance_decides_the_tokens_of_a_round(ran: Ran) -> None:
@@ -131,7 +145,7 @@ def test_the_report_names_the_instruction_set(
     capfd: Capture,
     best_instruction_set: str,
 ) -> None:
-    monkeypatch.setattr(bench_cli, "quick", lambda acceptances: TINY)
+    monkeypatch.setattr(bench_cli, "quick", lambda: TINY)
     file = tmp_path / "report.json"
     options = [tiny_artifact("wide", 4, "int8", "native"), "--quick", "--quiet", "--threads", "1", "--json", file]
     assert run(bench_cli.main, [*options, *(["--instruction-set", forced] if forced else [])]) == 0
@@ -198,6 +212,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "probability": (["x", "--assume-acceptance", "1.5"], "argument --assume-acceptance: 1.5 is no probability of 0"),
     "no-number": (["x", "--assume-acceptance", "often"], "argument --assume-acceptance: invalid .* value: 'often'"),
     "nan": (["x", "--assume-acceptance", "nan"], "argument --assume-acceptance: nan is no probability of 0 to 1"),
+    "no-prompts": (["x", "--prompts", "none"], "--prompts none: No such file or directory; name a file that can be"),
     "threads": (["x", "--threads", "-1"], "num_threads is -1, expected an integer of 0 to 1,024"),
     "profile": (["x", "--profile", "labtop"], "unknown profile 'labtop', did you mean 'laptop'?"),
     "json-folder": (["x", "--json", "."], "--json .: is a folder; name a file"),
@@ -210,6 +225,14 @@ def test_options_that_cannot_be_served(case: str, capfd: Capture, monkeypatch: A
     monkeypatch.chdir(tmp_path)
     options, match = BAD_OPTIONS[case]
     assert_fails(bench_cli.main, options, f"^edge-bench: {match}", capfd)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '["a", ""]', '["a", 1]', '[{"txt": "a"}]', "['a']", "\xff"])
+def test_prompts_that_are_none(content: str, capfd: Capture, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text(content, encoding="latin-1")
+    match = f"^edge-bench: --prompts {re.escape(str(file))}: .*expected a JSON list of texts"
+    assert_fails(bench_cli.main, ["x", "--prompts", file], match, capfd)
 
 
 def test_a_budget_that_is_too_small(tiny_artifact: Callable[..., Path], capfd: Capture) -> None:
