@@ -11,7 +11,7 @@ namespace {
 constexpr int kMaxHeads = 256;
 constexpr int kMaxHeadDim = 1024;
 constexpr int kSmallTokens = 8;        // preparing so few takes less than handing them to other threads
-constexpr int kSharingTiles = 16;      // up to so many tiles share each segment's rows, for more each thread has its own
+constexpr int kSharingTiles = 16;      // so few are attended to segment by segment; of more, each thread takes its own
 constexpr int kWaveStates = 256;       // partial results that are held at once
 constexpr int kTilesAtOnce = 4;        // of one thread's own, for which a segment's rows stay in the cache
 constexpr int64_t kMaxRows = 1 << 24;  // of a KV array

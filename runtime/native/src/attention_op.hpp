@@ -16,9 +16,10 @@ class Rotary {
     void compute(const Context& context) const;
 };
 
-// Inputs: x [R, heads * D], norms [1 or 2, D], cos and sin [R, D / 2], rows int64 [3] = (start, stop, position of start),
-// then keys and values float16 [capacity, D] of each KV head. With 2 norms x also holds the new keys and values, which are
-// written in place at rows [stop - R, stop). Query r sees rows up to stop - R + r, in a window the last `window` of them.
+// Inputs: x [R, heads * D], norms [1 or 2, D], cos and sin [R, D / 2], rows int64 [3] = (start, stop, position of
+// start), then keys and values float16 [capacity, D] of each KV head. With 2 norms x also holds the new keys and values,
+// which are written in place at rows [stop - R, stop). Query r sees rows up to stop - R + r, in a window the last
+// `window` of them.
 class CachedAttention {
    public:
     static constexpr const char* kName = "CachedAttention";

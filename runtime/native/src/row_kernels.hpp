@@ -245,7 +245,8 @@ template <class V>
 void exponentiate(const AttentionSegment& s, float* scores, const AttentionState& result) {
     for (int lane = 0; lane < kTileQueries; lane += V::lanes) {
         auto largest = V::load(scores + lane);
-        for (int key = 1; key < s.num_keys; key++) largest = V::max(largest, V::load(scores + key * kTileQueries + lane));
+        for (int key = 1; key < s.num_keys; key++)
+            largest = V::max(largest, V::load(scores + key * kTileQueries + lane));
         auto sum = V::set(0.0f);
         for (int key = 0; key < s.num_keys; key++) {
             float* place = scores + key * kTileQueries + lane;

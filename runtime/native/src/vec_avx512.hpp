@@ -26,25 +26,28 @@ struct Vec16 {
         const __mmask16 inside = _mm512_cmp_ps_mask(low, x, _CMP_LE_OQ) & _mm512_cmp_ps_mask(x, high, _CMP_LE_OQ);
         return _mm512_mask_mov_ps(other, inside, value);
     }
-    static T load_halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+    static T load_halves(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
     static void store_halves(uint16_t* p, T a) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, kNearest));
     }
     // Lane i is the sum of vector i of 16.
     static T fold(const T* a) {
-        T pairs[8], fours[4], eights[2];
-        UNROLL for (int i = 0; i < 8; i++)
-            pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-        UNROLL for (int i = 0; i < 4; i++) {
-            const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
-            fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-        }
-        UNROLL for (int i = 0; i < 2; i++) eights[i] = add_quarters(fours[2 * i], fours[2 * i + 1]);
-        return add_quarters(eights[0], eights[1]);
+        const T low = add_quarters(fold4(a), fold4(a + 4)), high = add_quarters(fold4(a + 8), fold4(a + 12));
+        return add_quarters(low, high);
     }
+    // Lane i of each 128-bit quarter is the sum of vector i's quarter.
+    static T fold4(const T* a) {
+        const __m512d x = _mm512_castps_pd(add_pairs(a[0], a[1])), y = _mm512_castps_pd(add_pairs(a[2], a[3]));
+        return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    // Of each quarter: (a0 + a2, b0 + b2, a1 + a3, b1 + b3)
+    static T add_pairs(T a, T b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
     // 128-bit quarters: (a0 + a1, a2 + a3, b0 + b1, b2 + b3)
     static T add_quarters(T a, T b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
     static float sum(T a) { return _mm512_reduce_add_ps(a); }
     static bool any_above(T a, T limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NLE_UQ) != 0; }

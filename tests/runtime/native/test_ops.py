@@ -229,6 +229,7 @@ ATTENTIONS = [
     (8, 1, 128, 128, False, 300),
     (1, 1, 16, 0, False, 260),
     (40, 1, 16, 0, True, 40),
+    (8, 1, 16, 0, True, 2200),  # more partial results than are held at once
 ]
 
 
@@ -276,7 +277,16 @@ def test_halfway_cases_round_to_even_and_what_is_too_large_to_infinity() -> None
     np.testing.assert_array_equal(inputs["values"], np.ones((1, 16), np.float16))
 
 
-@pytest.mark.parametrize("steps", [[1] * 30, [2, 3, 4, 5, 6, 7, 8], [17, 1, 12]])
+@pytest.mark.parametrize("shape", [(8, 1, 32, 0, True, 40), (8, 2, 16, 10, True, 12)])
+def test_a_nan_spoils_the_tokens_that_see_it_alone(shape: tuple[int, int, int, int, bool, int]) -> None:
+    attention = Attention(*shape)
+    attention.x[9] = np.nan
+    (y,) = attention.model.run(attention.inputs(0, attention.num_tokens, attention.cache, 0))
+    assert np.isfinite(y[:9]).all()
+    assert np.isnan(y[9:]).all()
+
+
+@pytest.mark.parametrize("steps", [[1] * 30, [2, 3, 4, 5, 6, 7, 8], [17, 1, 12], [16, 8]])
 @pytest.mark.parametrize("shape", ATTENTIONS)
 def test_attention_of_a_token_is_the_same_bits_in_any_forward(
     shape: tuple[int, int, int, int, bool, int], steps: list[int]
