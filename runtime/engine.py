@@ -99,8 +99,7 @@ class Runtime:
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         if manifest.layout == "native":  # else the sessions read all weights once and keep them repacked
             check_files(folder, manifest)
-            weights = {matrix.file for matrix in manifest.matrices} - {manifest.ple_table.file}
-            read_ahead([folder / name for name in sorted(weights)])
+            read_ahead([folder / name for name in sorted({matrix.file for matrix in manifest.matrices})])
         verify_digests(folder, manifest, cache=user_cache_folder())
         loaded = _open(folder, manifest, device, context_tokens)
         if device.num_draft_tokens > 0:

@@ -38,7 +38,7 @@ def read_ahead(paths: Sequence[Path]) -> None:
             try:
                 with lock:
                     piece = next(pieces, None)
-            except OSError:  # gone meanwhile: whoever needs the file says so
+            except OSError:  # a kernel without such pages, or the file is gone: whoever needs it says so
                 return
             if piece is None:
                 return
@@ -52,10 +52,7 @@ def _pieces(paths: Sequence[Path]) -> Iterator[npt.NDArray[np.uint8]]:
     for path in paths:
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            return
+        mapping.madvise(mmap.MADV_HUGEPAGE)
         content = np.frombuffer(mapping, np.uint8)
         for start in range(0, len(content), PIECE_BYTES):
             yield content[start : start + PIECE_BYTES]

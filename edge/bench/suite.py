@@ -208,10 +208,10 @@ class SpeedFigures:
         shares = [100 * part / whole for part, whole in zip(accepted, drafted, strict=True) if whole]
         if drafted:
             note = f"{len(drafted)} prompts"
-        whole = f"{sum(accepted):.0f} of {sum(drafted):.0f} drafts" if sum(drafted) else note
+        counted = f"{sum(accepted):.0f} of {sum(drafted):.0f} drafts" if sum(drafted) else note
         net, tokens = self._samples("text_net", name), self._samples("text_round", name)
         return [
-            figure(f"text_acceptance.{name}", f"acceptance, {what}", "%", shares, note=whole),
+            figure(f"text_acceptance.{name}", f"acceptance, {what}", "%", shares, note=counted),
             figure(f"text_net.{name}", f"net speed, {what}", "of plain", net, note=note),
             figure(f"text_round.{name}", f"tokens a round, {what}", "tokens", tokens, note=note),
         ]
