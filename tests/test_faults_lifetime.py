@@ -212,7 +212,7 @@ def test_runtimes_side_by_side_generate_as_one_alone(load: Load) -> None:  # 71
 
 def test_a_closed_runtime(load: Load) -> None:  # 72
     runtime = load()
-    begun, fresh = runtime.stream(PROMPT), runtime.stream(PROMPT)
+    begun, fresh = runtime.stream(PROMPT, temperature=0.0), runtime.stream(PROMPT, temperature=0.0)
     next(begun)
     runtime.close()
     runtime.close()
