@@ -1,6 +1,7 @@
 """Device profiles: what a machine grants the runtime."""
 
 from profiles.device import (
+    KV_DTYPES,
     MAX_DRAFT_TOKENS,
     DeviceProfile,
     ProfileError,
@@ -12,6 +13,7 @@ from profiles.device import (
 from profiles.limits import cgroup_limit_bytes
 
 __all__ = [
+    "KV_DTYPES",
     "MAX_DRAFT_TOKENS",
     "DeviceProfile",
     "ProfileError",

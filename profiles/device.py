@@ -35,6 +35,7 @@ _PROVIDERS = tuple(
     )
 )
 MAX_DRAFT_TOKENS = 16
+KV_DTYPES = ("auto", "float32", "float16", "int8")
 _RANGES = {
     "num_threads": (0, 1024),
     "context_tokens": (1, 2**24),
@@ -52,7 +53,8 @@ class DeviceProfile:
     """What a device grants. Exactly one of `memory_budget_bytes` and `memory_fraction` is not None.
 
     `providers` are ONNX Runtime's names, in order of preference. `num_threads` 0 means all physical cores
-    available to the process. `num_draft_tokens` is the most that are drafted in a round, 0 means no drafting.
+    available to the process. `kv_dtype` is one of `KV_DTYPES`, the type of the KV cache's elements; "auto" is that of
+    the artifact's layout. `num_draft_tokens` is the most that are drafted in a round, 0 means no drafting.
     """
 
     name: str
@@ -61,6 +63,7 @@ class DeviceProfile:
     memory_fraction: float | None
     providers: tuple[str, ...]
     num_threads: int
+    kv_dtype: str
     context_tokens: int
     prefill_chunk_tokens: int
     num_draft_tokens: int
@@ -72,6 +75,8 @@ class DeviceProfile:
                 raise ProfileError(f"{key} is {getattr(self, key)!r}, expected a string")
         self._check_memory()
         self._check_providers()
+        if self.kv_dtype not in KV_DTYPES:
+            raise ProfileError(f"kv_dtype is {self.kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
         for key, (low, high) in _RANGES.items():
             value = getattr(self, key)
             if type(value) is not int or not low <= value <= high:

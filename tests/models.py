@@ -26,6 +26,7 @@ ONE_THREAD = DeviceProfile(
     memory_fraction=None,
     providers=("CPUExecutionProvider",),
     num_threads=1,
+    kv_dtype="auto",
     context_tokens=1024,
     prefill_chunk_tokens=64,
     num_draft_tokens=3,
