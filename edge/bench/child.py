@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edge.bench.drafting import GREEDY
-from edge.bench.opened import OpenedArtifact
+from edge.bench.memory_curve import SampledPeak
+from edge.bench.opened import OpenedArtifact, drop_pages
 from edge.command import EXIT_INTERRUPTED, run_command
 from profiles import DeviceProfile
 from runtime import native
@@ -23,11 +23,10 @@ from runtime.drafting import DraftCounts
 from runtime.engine import Runtime
 from runtime.errors import EdgeError
 from runtime.manifest import Manifest
-from runtime.memory import MemoryUsage, PeakMemory, memory_usage
+from runtime.memory import memory_usage
 from runtime.tokenizer import Tokenizer
 
 NAME = "edge-bench"
-SAMPLE_SECONDS = 0.003
 SETTLED_SECONDS = 2.5  # younger files' digests are not remembered: their clocks are too coarse
 
 
@@ -64,37 +63,10 @@ def evict(artifact: Path, manifest: Manifest) -> bool:
         descriptor = os.open(artifact / name, os.O_RDONLY)
         try:
             os.fsync(descriptor)  # dirty pages would stay
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            drop_pages(descriptor)
         finally:
             os.close(descriptor)
     return True
-
-
-class SampledPeak:
-    """The largest usage that a thread sees, which looks every few milliseconds: within a forward too."""
-
-    def __init__(self) -> None:
-        self._peak = PeakMemory()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self) -> "SampledPeak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def take(self) -> MemoryUsage:
-        """The peak so far; the next one starts anew."""
-        self._peak.sample()
-        peak, self._peak = self._peak, PeakMemory()
-        return peak.usage
-
-    def _sample(self) -> None:
-        while not self._stopped.wait(SAMPLE_SECONDS):
-            self._peak.sample()
 
 
 def measure_load(options: Mapping[str, Any]) -> dict[str, float]:
@@ -109,18 +81,22 @@ def measure_load(options: Mapping[str, Any]) -> dict[str, float]:
     return {"load_s": loaded, "first_token_s": first_token, "tokenizer_s": time.perf_counter() - start}
 
 
-def measure_memory(options: Mapping[str, Any]) -> dict[str, float]:
-    """Peak memory of loading, of prefill and of decode behind it with the profile's drafts; bytes."""
+def measure_memory(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Peak memory of loading, of prefill and of decode behind it with the profile's drafts; bytes, and their curve."""
     before = memory_usage()
-    with SampledPeak() as peak, _load(options) as runtime:
+    peak = SampledPeak()
+    peak.begin("load")
+    with peak, _load(options) as runtime:
         loading, loaded = peak.take(), memory_usage()
         opened = OpenedArtifact(runtime)
         num_tokens = options["memory_tokens"]
         context = min(options["memory_context"], runtime.context_tokens - 2 * num_tokens)
         token_ids = opened.token_ids(seed=0)
+        peak.begin("prefill")
         opened.prefill(token_ids.take(context - 1))
         prefill = peak.take()
         first = token_ids.take(1)[0]
+        peak.begin("decode")
         for _ in opened.rounds(opened.target, opened.drafter, first, num_tokens + 1, GREEDY, DraftCounts()):
             pass
         decode = peak.take()
@@ -132,6 +108,7 @@ def measure_memory(options: Mapping[str, Any]) -> dict[str, float]:
         "prefill_anonymous": prefill.anonymous_bytes,
         "decode_anonymous": decode.anonymous_bytes,
         "decode_mapped": decode.mapped_bytes,
+        "curve": peak.curve(),
     }
 
 

@@ -1,7 +1,8 @@
 """Measured figures, and how they are printed and stored. Knows nothing of what they measure."""
 
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,9 +33,9 @@ class Figure:
         label = f"{self.label} (simulated)" if self.simulated else self.label
         if self.value is None:
             return (label, "-", self.unit, "", "", self.note)
-        spread = f"{_short(self.low)} - {_short(self.high)}" if self.low != self.high else ""
+        spread = f"{short(self.low)} - {short(self.high)}" if self.low != self.high else ""
         share = "" if self.limit_share is None else f"{self.limit_share:.0%}"
-        return (label, _short(self.value), self.unit, spread, share, self.note)
+        return (label, short(self.value), self.unit, spread, share, self.note)
 
 
 def figure(
@@ -76,22 +77,30 @@ class Report:
         """Plain values: `about`, and the figures by key."""
         return {"about": dict(self.about), "figures": {entry.key: asdict(entry) for entry in self.figures}}
 
+    def to_text(self) -> str:
+        """`to_json` as the content of a file."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+
     def table(self) -> str:
         """The figures as aligned plain text."""
-        rows = [COLUMNS, *(entry.row() for entry in self.figures)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        return "\n".join(_line(row, widths) for row in rows)
+        return aligned([COLUMNS, *(entry.row() for entry in self.figures)], RIGHT)
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> str:
+    """Rows of cells as lines of plain text; columns in `right` end flush."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(_line(row, widths, right) for row in rows)
+
+
+def _line(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -> str:
     cells = [
-        cell.rjust(width) if column in RIGHT else cell.ljust(width)
+        cell.rjust(width) if column in right else cell.ljust(width)
         for column, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
     """Three digits that matter."""
     if value is None:
         return "-"

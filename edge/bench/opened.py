@@ -1,5 +1,6 @@
 """A loaded artifact taken apart for measuring: the one place that knows how the runtime's pieces hang together."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,6 +90,10 @@ class OpenedArtifact:
         rows = {"full": num_tokens, "sliding": min(num_tokens, window)}
         return sum(rows[kind] * array[0].nbytes for kind, _, array in self.target.cache.arrays())
 
+    def drop_ple_pages(self) -> bool:
+        """Drops the PLE table's pages from the system's cache; False where the system cannot be asked to."""
+        return drop_pages(self.target.ple_table._file.fileno())
+
     def rounds(
         self,
         target: Target,
@@ -115,6 +120,14 @@ class OpenedArtifact:
             **policy,
         )
         return generate_blocks(target, drafter, request, self._rng, counts, lambda: False)
+
+
+def drop_pages(descriptor: int) -> bool:
+    """Drops an open file's clean pages from the system's cache; False where the system cannot be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
 
 
 def prefer(forward: Forward, row: int, token_id: int) -> None:

@@ -13,7 +13,7 @@ class Plan:
     prompts: tuple[int, ...] = (128, 512, 2048)
     decode_contexts: tuple[int, ...] = (128, 2048, 8192)
     verify_contexts: tuple[int, ...] = (128, 2048)
-    first_token_prompt: int = 512
+    first_token_prompts: tuple[int, ...] = (512,)
     memory_context: int = 2048
     memory_tokens: int = 32
     drafting_context: int = 128
@@ -28,6 +28,11 @@ class Plan:
     acceptances: tuple[float, ...] = ()
     prompt_texts: tuple[str, ...] = ()
     text_tokens: int = 96
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the largest measurement puts into the context before it generates."""
+        return max((*self.contexts, *self.prompts, *self.first_token_prompts, self.drafting_context))
 
     @property
     def contexts(self) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from runtime.sampling import SamplingParams
 
 SAMPLED = SamplingParams()
 STEPS_A_REPEAT = 3
+NO_EVICTION = "this system has no posix_fadvise"
 Key = tuple[str | int | float, ...]
 Progress = Callable[[str], None]
 
@@ -39,7 +41,8 @@ class SpeedRun:
             self._progress(f"{where}: prefill")
             for num_tokens in self._plan.prompts:
                 self._measure_prefill(num_tokens)
-            self._measure_first_token()
+            for num_tokens in self._plan.first_token_prompts:
+                self._measure_first_token(num_tokens)
             for context in self._plan.contexts:
                 self._progress(f"{where}: decode and verify at context {context:,}")
                 self._measure_forwards(context)
@@ -53,7 +56,7 @@ class SpeedRun:
     def _warm_up(self) -> None:
         self._progress("warming up")
         opened, plan = self._opened, self._plan
-        opened.prefill(self._take(min(opened.chunk_tokens, max(plan.prompts), self._room)))
+        opened.prefill(self._take(min(opened.chunk_tokens, plan.longest, self._room)))
         for num_tokens in VERIFY_SIZES:
             self._timed_forward(num_tokens)
 
@@ -82,8 +85,7 @@ class SpeedRun:
             self._opened.prefill(token_ids)
             self.samples[key].append(num_tokens / (time.perf_counter() - start))
 
-    def _measure_first_token(self) -> None:
-        num_tokens = self._plan.first_token_prompt
+    def _measure_first_token(self, num_tokens: int) -> None:
         if self._fits(("first_token", num_tokens), num_tokens):
             generation = self._opened.runtime.generate(self._take(num_tokens), max_tokens=1, temperature=0.0)
             self.samples["first_token", num_tokens].append(generation.stats.time_to_first_token_ms)
@@ -116,7 +118,10 @@ class SpeedRun:
         return seconds
 
     def _timed_forward(self, num_tokens: int) -> float:
-        target, token_ids = self._opened.target, self._take(num_tokens)
+        return self._time_forward(self._take(num_tokens))
+
+    def _time_forward(self, token_ids: list[int]) -> float:
+        target, num_tokens = self._opened.target, len(token_ids)
         start = time.perf_counter()
         target.forward(token_ids, num_kept=num_tokens)
         seconds = time.perf_counter() - start
@@ -139,7 +144,8 @@ class SpeedRun:
     def _measure_outside(self) -> None:
         """Python's time a round: no drafts, drafts of the best candidates, drawn drafts."""
         opened, plan = self._opened, self._plan
-        if not self._fits(("rounds",), plan.drafting_context + plan.outside_tokens):
+        fits = self._fits(("rounds",), plan.drafting_context + plan.outside_tokens)
+        if plan.outside_tokens == 0 or not fits:
             return
         modes = {"plain": (None, GREEDY), "greedy": (opened.drafter, GREEDY), "sampled": (opened.drafter, SAMPLED)}
         for mode, (drafter, params) in modes.items():
@@ -163,12 +169,40 @@ class SpeedRun:
         fits = self._fits(("rounds",), plan.drafting_context + plan.assumed_tokens)
         if not plan.acceptances or opened.drafter is None or not fits:
             return
-        plain = self._assumed_rounds(0.0, index, is_drafting=False)
+        context = plan.drafting_context
+        plain = self._assumed_rounds(context, 0.0, index, is_drafting=False)
         for acceptance in plan.acceptances:
-            rounds = self._assumed_rounds(acceptance, index, is_drafting=True)
+            rounds = self._assumed_rounds(context, acceptance, index, is_drafting=True)
             self.samples["net", acceptance].append(rounds.tokens_per_second / plain.tokens_per_second)
             self.samples["round", acceptance].append(rounds.tokens_per_round)
             self.samples["drafted", acceptance].append(rounds.drafts_per_round)
+
+    def measure_drafted(self, contexts: Sequence[int], acceptances: Sequence[float]) -> None:
+        """What `run` leaves out: drafting at assumed acceptances over contexts, each pass beside none."""
+        for index, context in product(range(self._plan.num_passes), contexts):
+            if not self._fits(("drafted", context), context + self._plan.assumed_tokens):
+                continue
+            where = f"pass {index + 1} of {self._plan.num_passes}"
+            self._progress(f"{where}: draft-verify rounds at context {context:,}")
+            plain = self._assumed_rounds(context, 0.0, index, is_drafting=False)
+            for acceptance in acceptances:
+                rounds = self._assumed_rounds(context, acceptance, index, is_drafting=True)
+                self.samples["drafted_speed", context, acceptance].append(rounds.tokens_per_second)
+                self.samples["drafted_net", context, acceptance].append(
+                    rounds.tokens_per_second / plain.tokens_per_second
+                )
+
+    def measure_cold_rows(self, context: int, num_tokens: int) -> None:
+        """A token whose PLE rows are read from storage, then the same one again, whose rows are cached."""
+        if not self._fits(("cold_rows",), context):
+            return
+        self._opened.jump(context)
+        for token_id in self._take(num_tokens):
+            if not self._opened.drop_ple_pages():
+                self.missing["cold_rows",] = NO_EVICTION
+                return
+            for name in ("cold_token", "warm_token"):
+                self.samples[name,].append(1e3 * self._time_forward([token_id]))
 
     def _measure_text(self, text: str) -> None:
         """Decoding behind a real prompt: without drafts, with as many as pay, with a fixed number; in turn."""
@@ -192,8 +226,8 @@ class SpeedRun:
                 self.samples["text_accepted", name].append(stats.num_accepted)
                 self.samples["text_round", name].append(stats.mean_acceptance_length)
 
-    def _assumed_rounds(self, acceptance: float, seed: int, *, is_drafting: bool) -> Rounds:
+    def _assumed_rounds(self, context: int, acceptance: float, seed: int, *, is_drafting: bool) -> Rounds:
         opened, plan = self._opened, self._plan
         target = AssumedTarget(opened.target, acceptance, opened.token_ids(seed=seed + 2), seed)
         drafter = opened.drafter if is_drafting else None
-        return run_rounds(opened, target, drafter, plan.drafting_context, plan.assumed_tokens)
+        return run_rounds(opened, target, drafter, context, plan.assumed_tokens)

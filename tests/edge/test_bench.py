@@ -11,14 +11,15 @@ import onnxruntime as ort
 import pytest
 
 from edge import EdgeError, Runtime
-from edge.bench.child import SampledPeak, evict, measure
+from edge.bench.child import evict, measure
 from edge.bench.drafting import AssumedTarget, run_rounds
 from edge.bench.figures import Report, figure
+from edge.bench.memory_curve import SampledPeak
 from edge.bench.onnx_bytes import quantized_product
 from edge.bench.opened import OpenedArtifact, TokenIds, session_clock
 from edge.bench.roofline import Roofline, stream_read
 from edge.bench.workload import Limits, Workload
-from edge.bench_cli import _write_json
+from edge.whole_file import write_whole
 from runtime import native
 from runtime.drafter import Draft
 from runtime.generation import DraftCounts, Request, generate_blocks
@@ -57,19 +58,19 @@ def test_a_table_is_aligned() -> None:
 
 
 def test_json_replaces_a_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = Report({"artifact": "x"}, (figure("a", "A", "ms", [1.0]),))
+    text = Report({"artifact": "x"}, (figure("a", "A", "ms", [1.0]),)).to_text()
     file = tmp_path / "report.json"
     file.write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", _disk_full)
-        with pytest.raises(EdgeError, match="report.json: No space left on device"):
-            _write_json(file, report)
+        with pytest.raises(EdgeError, match="--json .*report.json: No space left on device"):
+            write_whole(file, text, "--json")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-    _write_json(file, report)
+    write_whole(file, text, "--json")
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert json.loads(file.read_text())["figures"]["a"]["value"] == 1.0
     with pytest.raises(EdgeError, match="--json /dev/full: No space left on device"):
-        _write_json(Path("/dev/full"), report)
+        write_whole(Path("/dev/full"), text, "--json")
     assert Path("/dev/full").is_char_device()
 
 
