@@ -1,86 +1,104 @@
-"""Memory of this process while something runs: the peak, and a curve over time with its phases marked.
+"""Memory of another process over time, with its phases marked.
 
-Source: https://docs.kernel.org/admin-guide/cgroup-v2.html, memory.current; memory.usage_in_bytes of version 1.
+Looked at from outside: while a tokenizer loads, no thread of that process's own Python runs for seconds.
+
+Source: https://docs.kernel.org/filesystems/proc.html, RssAnon, RssFile and RssShmem of /proc/PID/status;
+https://docs.kernel.org/admin-guide/cgroup-v2.html, memory.current; memory.usage_in_bytes of version 1.
 """
 
+import re
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.memory import MemoryUsage, PeakMemory
-
-SAMPLE_SECONDS = 0.003
+SAMPLE_SECONDS = 0.005
 MAX_POINTS = 240
+END = "end"  # the phase that nothing is told of: the process frees what it has
+_RESIDENT = re.compile(r"^Rss(Anon|File|Shmem):\s*(\d+) kB$", re.M)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class Sample:
+    """Resident bytes at a moment of the system's monotonic clock; `cgroup` is None without a control group."""
+
     seconds: float
     anonymous: int
     mapped: int
     cgroup: int | None
 
 
-class SampledPeak:
-    """The largest usage that a thread sees, which looks every few milliseconds: within a forward too."""
+class MemoryCurve:
+    """Samples of a process's memory; none where the system does not tell anonymous memory apart."""
 
     def __init__(self) -> None:
-        self._peak = PeakMemory()
-        self._samples: list[_Sample] = []
-        self._phases: list[tuple[str, float]] = []
-        self._cgroup_file = _cgroup_file()
-        self._start = time.perf_counter()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
+        self.samples: list[Sample] = []
 
-    def __enter__(self) -> "SampledPeak":
-        self._thread.start()
-        return self
+    @contextmanager
+    def watching(self, pid: int) -> Iterator[None]:
+        """Samples the process every few milliseconds until the block ends."""
+        stopped = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(pid, stopped), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
 
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def take(self) -> MemoryUsage:
-        """The peak so far; the next one starts anew."""
-        self._peak.sample()
-        peak, self._peak = self._peak, PeakMemory()
-        return peak.usage
-
-    def begin(self, phase: str) -> None:
-        """Marks where a phase of the curve begins."""
-        self._phases.append((phase, time.perf_counter() - self._start))
-
-    def curve(self) -> dict[str, Any]:
-        """Seconds, bytes by kind, and the phases with their beginnings; `cgroup` is None without a control group.
+    def to_json(self, phases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Seconds since the first phase began, bytes by kind, and where each phase begins.
 
         Of several samples that make one point each kind keeps its largest, so that no peak is lost.
         """
-        samples = self._samples
-        names = ("seconds", "anonymous", "mapped", "cgroup")
-        columns: dict[str, Any] = {name: thinned([getattr(sample, name) for sample in samples]) for name in names}
-        return columns | {"phases": [{"name": name, "seconds": start} for name, start in self._phases]}
+        start = phases[0]["clock_s"]
+        stop = next((phase["clock_s"] for phase in phases if phase["name"] == END), float("inf"))
+        kept = [sample for sample in self.samples if start <= sample.seconds < stop]
+        return {
+            "seconds": thinned([sample.seconds - start for sample in kept]),
+            "anonymous": thinned([sample.anonymous for sample in kept]),
+            "mapped": thinned([sample.mapped for sample in kept]),
+            "cgroup": thinned([sample.cgroup for sample in kept]),
+            "phases": [
+                {"name": phase["name"], "seconds": phase["clock_s"] - start} for phase in phases if phase["name"] != END
+            ],
+        }
 
-    def _sample(self) -> None:
-        while not self._stopped.wait(SAMPLE_SECONDS):
-            usage = self._peak.sample()
-            seconds, cgroup = time.perf_counter() - self._start, _read_bytes(self._cgroup_file)
-            self._samples.append(_Sample(seconds, usage.anonymous_bytes, usage.mapped_bytes, cgroup))
+    def peak_anonymous(self, start: float, stop: float) -> int:
+        """The largest anonymous memory between two moments of the clock; 0 without a sample."""
+        return max((sample.anonymous for sample in self.samples if start <= sample.seconds < stop), default=0)
+
+    def _watch(self, pid: int, stopped: threading.Event) -> None:
+        status, group = Path(f"/proc/{pid}/status"), cgroup_file()
+        while not stopped.wait(SAMPLE_SECONDS):
+            try:
+                pages = {name: int(size) * 1024 for name, size in _RESIDENT.findall(status.read_text(encoding="utf-8"))}
+            except (OSError, ValueError):
+                return  # it has ended, or the system has no such file
+            if len(pages) == 3:  # a process that ends has none any more
+                mapped = pages["File"] + pages["Shmem"]
+                self.samples.append(Sample(time.monotonic(), pages["Anon"], mapped, read_bytes(group)))
 
 
-def thinned(values: list[Any]) -> list[Any] | None:
+def mark_phase(name: str) -> dict[str, Any]:
+    """A phase that begins now, by the clock that all processes of the system share."""
+    return {"name": name, "clock_s": time.monotonic()}
+
+
+def thinned(values: Sequence[float | None]) -> list[Any] | None:
     """At most MAX_POINTS values, each the largest of a run of neighbours; None where one of them is."""
     if any(value is None for value in values):
         return None
-    parts = np.array_split(np.array(values), min(MAX_POINTS, len(values)) or 1)
+    parts = np.array_split(np.array(values), max(min(MAX_POINTS, len(values)), 1))
     return [part.max().item() for part in parts if len(part)]
 
 
-def _cgroup_file(root: Path = Path("/")) -> Path | None:
+def cgroup_file(root: Path = Path("/")) -> Path | None:
     """What says how many bytes this process's control group takes, page cache included."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -92,12 +110,13 @@ def _cgroup_file(root: Path = Path("/")) -> Path | None:
             mounted = root / "sys/fs/cgroup" / ("memory" if controllers else "")
             file = "memory.usage_in_bytes" if controllers else "memory.current"
             for folder in (mounted / path.lstrip("/"), mounted):  # a container sees its own group as the mount
-                if _read_bytes(folder / file) is not None:
+                if read_bytes(folder / file) is not None:
                     return folder / file
     return None
 
 
-def _read_bytes(file: Path | None) -> int | None:
+def read_bytes(file: Path | None) -> int | None:
+    """The number in a control group's file; None where it cannot be read."""
     try:
         return None if file is None else int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):

@@ -94,6 +94,10 @@ class OpenedArtifact:
         """Drops the PLE table's pages from the system's cache; False where the system cannot be asked to."""
         return drop_pages(self.target.ple_table._file.fileno())
 
+    def read_ple_row(self, token_id: int) -> None:
+        """Looks one token's row of the PLE table up."""
+        self.target.ple_table.rows([token_id])
+
     def rounds(
         self,
         target: Target,

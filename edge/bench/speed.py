@@ -193,7 +193,7 @@ class SpeedRun:
                 )
 
     def measure_cold_rows(self, context: int, num_tokens: int) -> None:
-        """A token whose PLE rows are read from storage, then the same one again, whose rows are cached."""
+        """A token whose PLE row is read from storage, then again, now cached; and the same look-up by itself."""
         if not self._fits(("cold_rows",), context):
             return
         self._opened.jump(context)
@@ -201,8 +201,13 @@ class SpeedRun:
             if not self._opened.drop_ple_pages():
                 self.missing["cold_rows",] = NO_EVICTION
                 return
-            for name in ("cold_token", "warm_token"):
-                self.samples[name,].append(1e3 * self._time_forward([token_id]))
+            for kind in ("cold", "warm"):
+                self.samples["token", kind].append(1e3 * self._time_forward([token_id]))
+            self._opened.drop_ple_pages()
+            for kind in ("cold", "warm"):
+                start = time.perf_counter()
+                self._opened.read_ple_row(token_id)
+                self.samples["ple_row", kind].append(1e3 * (time.perf_counter() - start))
 
     def _measure_text(self, text: str) -> None:
         """Decoding behind a real prompt: without drafts, with as many as pay, with a fixed number; in turn."""

@@ -143,11 +143,13 @@ class SpeedFigures:
         ]
 
     def cold_rows(self) -> list[Figure]:
-        """A token's time with its PLE rows read from storage, and with them cached."""
-        kinds = {"cold": "PLE rows from storage", "warm": "PLE rows cached"}
+        """A token's time with its PLE row read from storage, and with it cached; and the look-up alone."""
+        kinds = {"cold": "PLE row from storage", "warm": "PLE row cached"}
+        names = {"token": "one token", "ple_row": "look-up alone"}
         note = self._missing(("cold_rows",))
         return [
-            figure(f"token.{kind}", f"one token, {what}", "ms", self._samples(f"{kind}_token"), note=note)
+            figure(f"{name}.{kind}", f"{label}, {what}", "ms", self._samples(name, kind), note=note)
+            for name, label in names.items()
             for kind, what in kinds.items()
         ]
 

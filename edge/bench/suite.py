@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from edge.bench.child import evict, let_settle, measure
 from edge.bench.figures import Figure, Report, figure
+from edge.bench.memory_curve import MemoryCurve
 from edge.bench.opened import OpenedArtifact
 from edge.bench.plan import ROOM_TOKENS, Plan
 from edge.bench.roofline import Roofline
@@ -80,7 +81,12 @@ def measure_memory(
     """Peaks and the curve of a fresh process that loads, prefills and decodes, as `edge.bench.child` gives them."""
     progress("memory")
     sizes = {"memory_context": plan.memory_context, "memory_tokens": plan.memory_tokens}
-    return measure("memory", artifact, profile, budget, **sizes)
+    curve = MemoryCurve()
+    found = measure("memory", artifact, profile, budget, curve=curve, **sizes)
+    begins = [phase["clock_s"] for phase in found["phases"]]
+    # a thread of the process itself sees nothing while the tokenizer loads
+    found["loading_anonymous"] = max(found["loading_anonymous"], curve.peak_anonymous(*begins[:2]))
+    return found | {"curve": curve.to_json(found["phases"])}
 
 
 def memory_figures(found: Mapping[str, Any]) -> list[Figure]:

@@ -11,10 +11,9 @@ import onnxruntime as ort
 import pytest
 
 from edge import EdgeError, Runtime
-from edge.bench.child import evict, measure
+from edge.bench.child import SampledPeak, evict, measure
 from edge.bench.drafting import AssumedTarget, run_rounds
 from edge.bench.figures import Report, figure
-from edge.bench.memory_curve import SampledPeak
 from edge.bench.onnx_bytes import quantized_product
 from edge.bench.opened import OpenedArtifact, TokenIds, session_clock
 from edge.bench.roofline import Roofline, stream_read
