@@ -70,9 +70,7 @@ def _report(options: argparse.Namespace, command: str) -> None:
     texts = () if options.prompts is None else prompt_texts(options.prompts)
     subject = subject_of(options)
     measured = None if subject.manifest is None else _measure(subject, here, sizes, texts, options)
-    report = build_report(subject, profiles, measured, here, sizes)
-    report["about"]["command"] = command
-    _write(report, options)
+    _write(build_report(subject, profiles, measured, here, sizes, command), options)
 
 
 def _check_acceptance(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -46,13 +46,19 @@ DEFINITIONS = {
 
 
 def build_report(
-    subject: Subject, profiles: Sequence[DeviceProfile], measured: Measured | None, here: DeviceProfile, sizes: Sizes
+    subject: Subject,
+    profiles: Sequence[DeviceProfile],
+    measured: Measured | None,
+    here: DeviceProfile,
+    sizes: Sizes,
+    command: str,
 ) -> dict[str, Any]:
     """Verdict, measurement, projections and what they mean.
 
     Args:
         measured: None without weights
         here: the profile that this machine was measured with
+        command: the command line
     """
     efficiency = measured.efficiency(sizes) if measured else Efficiency()
     fits = [fit(subject, profile) for profile in profiles]
@@ -60,14 +66,24 @@ def build_report(
     verdict = [_verdict(entry, projected) for entry, projected in zip(fits, projections, strict=True)]
     if measured:
         verdict.insert(0, _verdict_here(fit(subject, here), measured))
-    return {
+    report = {
         "format_version": FORMAT_VERSION,
-        "about": _about(subject),
+        "about": _about(subject) | {"command": command},
         "verdict": verdict,
         "measured": _measured(subject, here, measured) if measured else None,
         "projections": projections,
         "definitions": DEFINITIONS,
     }
+    return cast("dict[str, Any]", printable(report))
+
+
+def printable(value: Any) -> Any:
+    """The same values; characters that no page can show, as names of files may have them, replaced in texts."""
+    if isinstance(value, str):
+        return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value)
+    if isinstance(value, Mapping):
+        return {key: printable(entry) for key, entry in value.items()}
+    return [printable(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _about(subject: Subject) -> dict[str, Any]:
