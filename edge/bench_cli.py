@@ -9,7 +9,14 @@ from pathlib import Path
 from edge.bench.plan import Plan, quick
 from edge.bench.suite import run_bench
 from edge.command import CommandParser, run_command
-from edge.measured import MODELS, add_acceptance_options, add_recipe_options, artifact_folder, prompt_texts
+from edge.measured import (
+    MODELS,
+    add_acceptance_options,
+    add_recipe_options,
+    artifact_folder,
+    progress_lines,
+    prompt_texts,
+)
 from edge.whole_file import check_destination, write_whole
 from profiles import available_profiles, load_profile
 from runtime import native
@@ -86,7 +93,7 @@ def _bench(options: argparse.Namespace) -> None:
     artifact = artifact_folder(options)
     if options.instruction_set is not None:
         _check_layout(artifact, options.instruction_set)
-    report = run_bench(artifact, profile, options.memory_budget, plan, _silence if options.quiet else _progress)
+    report = run_bench(artifact, profile, options.memory_budget, plan, progress_lines(NAME, is_quiet=options.quiet))
     if report.about["layout"] == "native":
         print(f"layout native, instruction set {report.about['instruction_set']}")
     print(report.table(), flush=True)
@@ -110,14 +117,6 @@ def _check_layout(artifact: Path, instruction_set: str) -> None:
             f"--instruction-set {instruction_set}: {artifact} has the portable layout, which does not use the native "
             "ops; leave the option out or measure one of the native layout"
         )
-
-
-def _progress(line: str) -> None:
-    print(f"{NAME}: {line}", file=sys.stderr, flush=True)
-
-
-def _silence(line: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

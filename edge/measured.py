@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.errors import EdgeError
@@ -94,3 +96,13 @@ def prompt_texts(path: Path) -> tuple[str, ...]:
         if texts and len(texts) == len(found):
             return tuple(texts)
     raise EdgeError(f'--prompts {path}: expected a JSON list of texts, or of objects with a "text", and at least one')
+
+
+def progress_lines(name: str, *, is_quiet: bool) -> Callable[[str], None]:
+    """What tells on standard error how far a command has come, unless it is to be quiet."""
+
+    def tell(line: str) -> None:
+        if not is_quiet:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    return tell

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.command import CommandParser, run_command
-from edge.measured import MODELS, add_acceptance_options, add_recipe_options, prompt_texts
+from edge.measured import MODELS, add_acceptance_options, add_recipe_options, progress_lines, prompt_texts
 from edge.report.content import DEFINITIONS, build_report
 from edge.report.measure import Measured, Sizes, measure_subject
 from edge.report.page import render_page
@@ -86,7 +86,7 @@ def _measure(
 ) -> Measured:
     plan = sizes.plan(is_quick=options.quick, prompt_texts=texts)
     acceptances = tuple(dict.fromkeys(options.assume_acceptance))
-    return measure_subject(subject, here, sizes, plan, acceptances, _silence if options.quiet else _progress)
+    return measure_subject(subject, here, sizes, plan, acceptances, progress_lines(NAME, is_quiet=options.quiet))
 
 
 def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
@@ -95,14 +95,6 @@ def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
         write_whole(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n", "--json")
     if options.html:
         write_whole(options.html, render_page(report), "--html")
-
-
-def _progress(line: str) -> None:
-    print(f"{NAME}: {line}", file=sys.stderr, flush=True)
-
-
-def _silence(line: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ DEFINITIONS = {
     "planned": "the memory plan for the context that was measured; the error is (planned - measured) / measured",
     "PROJECTION": "computed, not measured: the slowest of bytes / memory_gb_per_s, operations / int8_tops and, where "
     "weights do not stay in memory, missing bytes / storage_gb_per_s, from what the profile states",
+    "weights stay in memory": "the device's memory, less a quarter of it for its system and other programs, less the "
+    "planned anonymous memory, holds the mapped weights",
     "figures": "medians; in brackets the smallest and the largest sample",
 }
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from runtime.memory_plan import MemoryPlan
 
 RESERVE_PART = 0.25
-RESERVE_NOTE = "a quarter of the device's memory is set aside for its system and other programs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def residency(entry: Fit) -> dict[str, Any]:
     reserve = int(RESERVE_PART * memory)
     room = max(memory - reserve - plan.anonymous_bytes, 0)
     missing = max(plan.mapped_bytes - room, 0)
-    note = RESERVE_NOTE if missing == 0 else f"{missing / 1e6:,.0f} MB of weights do not stay in memory; {RESERVE_NOTE}"
+    note = f"{missing / 1e6:,.0f} MB of weights do not stay in memory" if missing else "weights stay in memory"
     return found | {
         "stays": missing == 0,
         "reserve_bytes": reserve,

@@ -46,6 +46,7 @@ class Sizes:
             decode_contexts=self.contexts,
             verify_contexts=(),
             outside_tokens=0,
+            assumed_tokens=32,
             prompt_texts=prompt_texts,
         )
 

@@ -66,6 +66,10 @@ def summary(report: Values) -> str:
             sentences.append(f"{text} (measured).")
     num_fits = sum(entry["fits"] for entry in devices)
     sentences.append(f"By plan it fits {num_fits} of {len(devices)} device profiles.")
+    speeds = [entry["decode_tokens_per_s"] for entry in devices if entry["decode_tokens_per_s"] is not None]
+    if speeds:
+        bound = "at most " if any(entry["at_most"] for entry in devices) else ""
+        sentences.append(f"PROJECTION for them: {bound}{short(min(speeds))} to {short(max(speeds))} tokens a second.")
     return " ".join(sentences)
 
 
@@ -110,10 +114,11 @@ def _projections(report: Values) -> str:
     return element(
         "section",
         element("h2", "Devices: plan and PROJECTION"),
-        element("p", escape(report["definitions"]["PROJECTION"]), class_="sub"),
+        element("p", escape(f"PROJECTION: {report['definitions']['PROJECTION']}."), class_="sub"),
         _charts([plan_chart(report), *projected_charts(report)]),
         parts_table([(entry["where"], entry["plan"]) for entry in report["verdict"]]),
         element("h3", "PROJECTION, by profile"),
+        element("p", escape(f"Speeds are {projections[0]['basis']}."), class_="caption"),
         projected_table(projections),
         id="projections",
     )

@@ -144,13 +144,13 @@ def _series(line: Line, x: Scale, y: Scale, *, has_points: bool) -> str:
 
 
 def _end_labels(lines: Sequence[Line], x: Scale, y: Scale) -> list[str]:
-    """Each line's name behind its end, in its colour; a thin leader where it had to make room for another."""
+    """Each line's name behind its end, joined to it by a leader of its colour: ends may lie close together."""
     ends = [(x.at(line.points[-1].x), y.at(line.points[-1].y)) for line in lines]
     places = spread([end[1] for end in ends], LABEL_GAP, TOP, HEIGHT - BOTTOM)
     left = max((end[0] for end in ends), default=0.0) + 14
     drawn = []
     for line, end, place in zip(lines, ends, places, strict=True):
-        drawn.append(svg.line(end[0] + 5, end[1], left - 3, place, "leader"))
+        drawn.append(svg.line(end[0] + 5, end[1], left - 3, place, f"leader s{_colour(line.colour)}"))
         drawn.append(svg.text(line.name, left, place + 4, "label"))
     return drawn
 

@@ -19,8 +19,8 @@ NO_SPEEDS = "no stated speeds, add memory_gb_per_s to the profile"
 NO_STORAGE = "weights do not stay in memory; no stated speed of storage, add storage_gb_per_s to the profile"
 NO_PRODUCTS = "no stated int8_tops, so prefill is not projected and decode is bound by memory alone"
 NO_INT8 = "its products are not int8, so prefill is not projected and decode is bound by memory alone"
-AT_MOST = "at most: the whole of the roofline"
-SCALED = "roofline x the share of it that was measured on this machine in the same run"
+AT_MOST = "at most what the whole of the roofline gives"
+SCALED = "the roofline x the share of it that was measured on this machine in the same run"
 
 
 @dataclass(frozen=True, slots=True)

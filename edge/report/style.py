@@ -66,6 +66,7 @@ th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var
 th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.note { color: var(--muted); font-size: 13px; min-width: 16ch; }
+tbody td:first-child { min-width: 17ch; }
 small { color: var(--muted); font-size: 12px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 18px;
   margin-top: 14px; }
@@ -78,7 +79,7 @@ svg .tick, svg .axis { fill: var(--muted); }
 svg .label { fill: var(--ink); }
 svg .rule, svg .phase { stroke: var(--rule); stroke-width: 1; }
 svg .phase { stroke: var(--muted); stroke-dasharray: 2 3; }
-svg .leader { stroke: var(--muted); stroke-width: .6; }
+svg .leader { stroke-width: 1; }
 svg .limit { stroke: var(--ink); stroke-width: 2; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 6 4; }

@@ -96,31 +96,27 @@ def parts_table(plans: Sequence[tuple[str, Values]]) -> str:
 
 
 def projected_table(projections: Sequence[Values]) -> str:
-    """Projected speeds, a row a profile, and how they came about."""
+    """Projected speeds, a row a profile, and what bounds them."""
     contexts = sorted({found["context_tokens"] for entry in projections for found in entry["decode"]})
-    head = (
-        "profile",
-        "memory GB/s",
-        "int8 TOP/s",
-        "storage GB/s",
-        *(f"decode at {context:,}" for context in contexts),
-        "projected: how",
-    )
+    decode = (f"tokens/s at {context:,}" for context in contexts)
+    head = ("profile", "memory GB/s", "int8 TOP/s", "storage GB/s", *decode, "projected: how")
     rows = [_projected_row(entry, contexts) for entry in projections]
-    return table(head, rows, right=range(1, len(head) - 1), keys=[f"projection.{e['profile']}" for e in projections])
+    keys = [f"projection.{entry['profile']}" for entry in projections]
+    return table(head, rows, right=range(1, len(head) - 1), keys=keys)
 
 
 def _projected_row(entry: Values, contexts: Sequence[int]) -> list[str]:
     stated = [entry[key] for key in ("memory_gb_per_s", "int8_tops", "storage_gb_per_s")]
+    speeds = ["-" if value is None else f"{value:g}" for value in stated]
     found = {point["context_tokens"]: point for point in entry["decode"]}
+    bound = "at most " if entry["at_most"] else ""
     cells = [
-        speed_cell(found[size]["tokens_per_s"], "tokens/s", entry) + "<br>" + element("small", found[size]["bound_by"])
+        f"{bound}{short(found[size]['tokens_per_s'])}<br>" + element("small", f"{found[size]['bound_by']}-bound")
         if size in found
         else "-"
         for size in contexts
     ]
-    how = "; ".join(part for part in (entry["note"], entry["residency"]["note"], entry["basis"]) if part)
-    speeds = ["-" if value is None else f"{value:g}" for value in stated]
+    how = "; ".join(part for part in (entry["note"], entry["residency"]["note"]) if part)
     return [escape(entry["profile"]), *speeds, *cells, escape(how)]
 
 
