@@ -46,9 +46,9 @@ def run_bench(artifact: Path, profile: DeviceProfile, budget: str | None, plan: 
         return Report(about(artifact, opened, plan, roofline), (*figures.all(), *fresh))
 
 
-def with_room(profile: DeviceProfile, plan: Plan) -> DeviceProfile:
+def with_room(profile: DeviceProfile, plan: Plan, room_tokens: int = ROOM_TOKENS) -> DeviceProfile:
     """The profile with a context for the longest measurement; the cache grows only as far as it is used."""
-    return replace(profile, context_tokens=max(profile.context_tokens, plan.longest + ROOM_TOKENS))
+    return replace(profile, context_tokens=max(profile.context_tokens, plan.longest + room_tokens))
 
 
 def load_figures(

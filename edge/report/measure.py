@@ -8,7 +8,7 @@ import psutil
 
 from edge.bench.figures import Figure, figure
 from edge.bench.opened import OpenedArtifact
-from edge.bench.plan import Plan, quick
+from edge.bench.plan import ROOM_TOKENS, Plan, quick
 from edge.bench.roofline import Roofline
 from edge.bench.speed import Progress, SpeedRun
 from edge.bench.speed_figures import SpeedFigures
@@ -93,7 +93,8 @@ def measure_subject(
     assert subject.manifest is not None
     loads = load_figures(subject.artifact, subject.manifest, profile, None, plan, progress)
     memory = measure_memory(subject.artifact, profile, None, plan, progress)
-    with Runtime.load(subject.artifact, profile=with_room(profile, plan)) as runtime:
+    roomy = with_room(profile, plan, ROOM_TOKENS + plan.assumed_tokens)
+    with Runtime.load(subject.artifact, profile=roomy) as runtime:
         opened = OpenedArtifact(runtime)
         roofline = Roofline(profile.num_threads, plan.stream_bytes)
         run = SpeedRun(opened, roofline, plan, progress)

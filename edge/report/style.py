@@ -69,7 +69,8 @@ td.note { color: var(--muted); font-size: 13px; min-width: 16ch; }
 tbody td:first-child { min-width: 17ch; }
 small { color: var(--muted); font-size: 12px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 18px;
-  margin-top: 14px; }
+  margin-top: 14px; align-items: start; }
+section > h3 { margin-top: 22px; }
 figure { margin: 0; padding: 14px 14px 8px; background: var(--panel); border: 1px solid var(--rule); border-radius: 8px;
   break-inside: avoid; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 8px; }

@@ -13,8 +13,9 @@ Values = Mapping[str, Any]
 
 def verdict_table(verdict: Iterable[Values]) -> str:
     """What fits where and how fast, a row a device."""
-    head = ("device", "fits", "largest context", "peak memory", "budget", "weights", "decode", "first token", "")
-    return table(head, [_verdict_row(entry) for entry in verdict], right=range(2, 8))
+    memory = ("largest context", "peak memory", "budget", "mapped weights")
+    head = ("device", "fits", "speeds are", "decode", "first token", *memory, "")
+    return table(head, [_verdict_row(entry) for entry in verdict], right=range(3, 9))
 
 
 def _verdict_row(entry: Values) -> list[str]:
@@ -26,13 +27,14 @@ def _verdict_row(entry: Values) -> list[str]:
     return [
         escape(entry["where"]) + "<br>" + element("small", escape(_what(entry))),
         fits,
+        label,
+        _speed(entry, "decode_tokens_per_s", "tokens/s", "decode_context_tokens", "at context"),
+        _speed(entry, "first_token_s", "s", "first_token_prompt_tokens", "prompt of"),
         f"{plan['max_context_tokens']:,}",
         megabytes(plan["peak_bytes"]),
         megabytes(plan["budget_bytes"]),
         megabytes(plan["mapped_bytes"]),
-        _speed(entry, "decode_tokens_per_s", "tokens/s", "decode_context_tokens", "at context"),
-        _speed(entry, "first_token_s", "s", "first_token_prompt_tokens", "prompt of"),
-        f"{label} {escape(notes)}".strip(),
+        escape(notes),
     ]
 
 
