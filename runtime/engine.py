@@ -24,6 +24,7 @@ from runtime.generation import Request
 from runtime.kv_cache import KVCache
 from runtime.layout import DECODER, DRAFTER, Layout
 from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
+from runtime.memory import keep_large_blocks_apart
 from runtime.page_cache import read_ahead
 from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
@@ -90,6 +91,7 @@ class Runtime:
             ProfileError: the profile is unknown or not usable.
             InferenceError: the model does not run.
         """
+        keep_large_blocks_apart()
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
