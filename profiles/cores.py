@@ -27,8 +27,8 @@ SYSCTL = ("sysctl", "-n", "hw.perflevel0.physicalcpu")  # perflevel0: the fastes
 def threads_of(profile: DeviceProfile) -> int:
     """Threads that compute under a profile: as many as it says, or one for each performance core.
 
-    More threads than this machine has processors are taken as they are: a profile may be of another device, results
-    do not depend on threads, and whoever asks for a number gets it.
+    More threads than this machine has processors are taken as they are: a profile may be of another device, threads
+    change no token in the native layout, and whoever asks for a number gets it.
     """
     return profile.num_threads or performance_cores()
 

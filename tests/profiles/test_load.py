@@ -1,5 +1,8 @@
 """Profiles from files: what comes with the package, and what a user's file may and may not say."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,16 @@ GIB = 2**30
 
 def test_all_names_are_exported() -> None:
     assert all(hasattr(profiles, name) for name in profiles.__all__)
+
+
+def test_the_package_needs_psutil_and_the_standard_library_alone() -> None:
+    program = "import sys, profiles; print(*{name.partition('.')[0] for name in sys.modules})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = set(done.stdout.split())
+    assert {"profiles", "psutil"} <= found
+    assert not {"numpy", "onnxruntime", "runtime", "edge", "torch", "onnx"} & found
 
 
 def test_every_profile_loads_and_is_named_like_its_file() -> None:
@@ -51,7 +64,7 @@ def test_the_speeds_stated_of_a_raspberry_pi_agree_with_published_ones() -> None
     assert board.memory_gb_per_s is not None
     assert board.int8_tops is not None
     # E2B reads 1.3 GB for a token in 4 bits; to prefill one takes 1.14e9 operations, of E4B 4.6e9
-    assert 7.6 <= board.memory_gb_per_s / 1.3 <= 2 * 7.6
+    assert 7.6 <= board.memory_gb_per_s / 1.3 <= 1.5 * 7.6
     assert 133 <= board.int8_tops * 1e12 / 1.14e9 <= 2 * 133
     assert 51 <= board.int8_tops * 1e12 / 4.6e9 <= 2 * 51
 
