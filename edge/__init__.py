@@ -7,7 +7,7 @@ with edge.Runtime.load("gemma-4-e2b-edge") as runtime:
         print(piece, end="", flush=True)
 """
 
-from profiles import DeviceProfile, ProfileError, load_profile
+from profiles import DeviceProfile, ProfileError, detect_profile, load_profile
 from runtime.engine import Runtime
 from runtime.errors import (
     ArtifactError,
@@ -39,5 +39,6 @@ __all__ = [
     "ProfileError",
     "RequestError",
     "Runtime",
+    "detect_profile",
     "load_profile",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import onnxruntime as ort
 
-from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
+from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile, threads_of
 from runtime import native
 from runtime.budget import context_that_fits, max_new_tokens
 from runtime.chat import ChatTemplate, plain_messages
@@ -359,7 +359,7 @@ def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_toke
 def _step_costs(folder: Path, loaded: _Loaded, profile: DeviceProfile) -> StepCosts:
     """What rounds cost on this machine: remembered, or measured now."""
     target, drafter, cache = loaded.target, loaded.drafter, user_cache_folder()
-    record = costs_record(cache, folder / "manifest.json", profile.num_threads) if cache is not None else None
+    record = costs_record(cache, folder / "manifest.json", threads_of(profile)) if cache is not None else None
     if record is not None and (costs := recall_costs(record, has_drafter=drafter is not None)) is not None:
         return costs
     try:

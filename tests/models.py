@@ -22,6 +22,7 @@ Float32 = npt.NDArray[np.float32]
 ONE_THREAD = DeviceProfile(
     name="test",
     description="one thread, whatever the machine",
+    device_memory_bytes=None,
     memory_budget_bytes=2 << 30,
     memory_fraction=None,
     providers=("CPUExecutionProvider",),
@@ -30,6 +31,11 @@ ONE_THREAD = DeviceProfile(
     context_tokens=1024,
     prefill_chunk_tokens=64,
     num_draft_tokens=3,
+    model="E2B",
+    weight_bits=4,
+    memory_gb_per_s=None,
+    int8_tops=None,
+    storage_gb_per_s=None,
 )
 
 

@@ -65,7 +65,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
         ["--prompt", "a", "--profile", "none.toml"],
         "none.toml: no such profile file; known profiles are",
     ),
-    "budget": (["--prompt", "a", "--memory-budget", "much"], "'much' is no amount of memory; write it like '6 GiB'"),
+    "budget": (
+        ["--prompt", "a", "--memory-budget", "much"],
+        "memory budget: 'much' is no amount of memory; write it like '6 GiB'",
+    ),
     "small-budget": (
         ["--prompt", "a", "--memory-budget", "1 MB"],
         "laptop: the model needs [0-9]+ MiB .* the budget is 1 MiB",

@@ -1,6 +1,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,15 @@ def test_a_load_without_a_cache_folder_measures_again(
     monkeypatch.setattr(engine, "user_cache_folder", lambda: None)
     with Runtime.load(tiny_artifact("wide"), profile=ONE_THREAD) as runtime:
         assert runtime.generate([2, 5, 7], max_tokens=4).stats.step_costs is not None
+
+
+def test_costs_are_those_of_the_threads_that_compute(
+    tiny_artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache, manifest = tmp_path / "gemma-edge", tiny_artifact("wide") / "manifest.json"
+    for num_cores in (1, 2):  # after a change of affinity or quota, the same profile has other costs
+        monkeypatch.setattr("profiles.cores.performance_cores", lambda num_cores=num_cores: num_cores)
+        with Runtime.load(manifest.parent, profile=replace(ONE_THREAD, num_threads=0)):
+            assert costs_record(cache, manifest, num_cores).exists()
+    assert len(list(cache.glob("costs-*"))) == 2
