@@ -2,6 +2,7 @@
 
 The system's turn and what stands before it always stay, and so does everything from the last user turn on. Turns are
 dropped in whole exchanges, a user's turn with all that answers it, so that what follows the system's turn is a user's.
+Where a template has no system turn and writes the system's words into the first user turn, they go with it.
 Nothing here moves KV rows: what is kept is prefilled again, as the prompt of the shortened conversation would be.
 """
 
@@ -76,13 +77,15 @@ class TurnFormat:
 
 def turn_format(template: ChatTemplate, tokenizer: Tokenizer) -> TurnFormat | None:
     """Reads off a rendered conversation how turns begin; None where no special token begins a user's."""
-    user = _opening(template, tokenizer, "user")
-    if user is None:
+    ids = _ids_before_content(template, tokenizer, "user")
+    special = [token_id for token_id in ids if not tokenizer.decode([token_id])]  # they alone have no text
+    user_role = _role_behind(special[-1], ids, tokenizer) if special else ""
+    if not user_role:  # behind BOS, where a template has no turns
         return None
+    befores = (_ids_before_content(template, tokenizer, role) for role in SYSTEM_ROLES)
+    system_roles = frozenset(_role_behind(special[-1], before, tokenizer) for before in befores)
     # a template that has no system turn refuses one, or writes it into the user's
-    openings = (_opening(template, tokenizer, role) for role in SYSTEM_ROLES)
-    system_roles = frozenset(role for start_id, role in filter(None, openings) if start_id == user[0])
-    return TurnFormat(*user, system_roles - {user[1]})
+    return TurnFormat(special[-1], user_role, system_roles - {"", user_role})
 
 
 def sliding_of(
@@ -129,17 +132,20 @@ def room_in_context(num_prompt_tokens: int, context_tokens: int, sliding: Slidin
     )
 
 
-def _opening(template: ChatTemplate, tokenizer: Tokenizer, role: str) -> tuple[int, str] | None:
-    """The special token that begins a role's turn and the role's name behind it."""
+def _ids_before_content(template: ChatTemplate, tokenizer: Tokenizer, role: str) -> list[int]:
+    """What a conversation that begins with a role's turn holds before that turn's content; [] where it is refused."""
     messages = [{"role": role, "content": PROBE}, {"role": "user", "content": ""}]
     try:
         text = template.render(messages[:1] if role == "user" else messages)
     except RequestError:
-        return None
-    ids = tokenizer.encode(text.partition(PROBE)[0], add_bos=False)
-    special = [place for place, token_id in enumerate(ids) if not tokenizer.decode([token_id])]
-    name = _role(tokenizer, ids[special[-1] + 1 :]) if special else ""
-    return (ids[special[-1]], name) if name else None  # nameless behind BOS, where a template has no turns
+        return []
+    return tokenizer.encode(text.partition(PROBE)[0], add_bos=False)
+
+
+def _role_behind(start_id: int, token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The role that the last turn begins with; "" where there is no turn."""
+    starts = [place for place, token_id in enumerate(token_ids) if token_id == start_id]
+    return _role(tokenizer, token_ids[starts[-1] + 1 :]) if starts else ""
 
 
 def _role(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

@@ -210,11 +210,11 @@ def test_nan_names_the_step_behind_slides_too(forward: int, step: int) -> None:
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 3])
 def test_cancelled_between_the_chunks_of_a_slide(num_chunks: int) -> None:
-    target, num_forwards = StubTarget(), len(PROMPT) + 4 + num_chunks
+    target, counts, num_forwards = StubTarget(), DraftCounts(), len(PROMPT) + 4 + num_chunks
     options = {"max_tokens": MOST_TOKENS, "sliding": SLIDING, "chunk": 1}
-    blocks = run(target, None, DraftCounts(), **options, cancelled=lambda: len(target.forwards) == num_forwards)
+    blocks = run(target, None, counts, **options, cancelled=lambda: len(target.forwards) == num_forwards)
     assert joined(blocks) == slid_continuation(5)
-    assert len(target.forwards) == num_forwards
+    assert (len(target.forwards), counts.num_slides) == (num_forwards, num_chunks > 0)
 
 
 # a drafter that fails

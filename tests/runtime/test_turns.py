@@ -19,6 +19,8 @@ FOLDED = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ 
 {%- elif loop.index0 == 1 and messages[0].role == 'system' %}{{ m.content + '<turn|>\n' }}
 {%- else %}{{ '<|turn>' + m.role + '\n' + m.content + '<turn|>\n' }}{% endif %}{% endfor %}"""
 DEVELOPER = GEMMA.replace("== 'system'", "in ('system', 'developer')").replace("turn>system\\n'", "turn>developer\\n'")
+THINKING = GEMMA.replace("turn>system\\n'", "turn>system\\n<|think|>\\n'")
+MARKED = GEMMA.replace("<|turn>system", "<|tool>system")
 NO_TURNS = "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 REFUSES = "{{ raise_exception('no') }}"
@@ -62,6 +64,8 @@ def sliding(tokenizer: Tokenizer, ids: Sequence[int], context_tokens: int = 100,
         (GEMMA, "<|turn>", "user", {"system"}),
         (OTHER_NAMES, "<|tool>", "human", {"rules"}),
         (DEVELOPER, "<|turn>", "user", {"developer"}),
+        (THINKING, "<|turn>", "user", {"system"}),
+        (MARKED, "<|turn>", "user", set()),  # stays all the same, before the first turn
         (FOLDED, "<|turn>", "user", {"developer"}),  # written as any other role; the system's words are in the user's
     ],
 )
@@ -86,7 +90,7 @@ def test_templates_without_turns(tokenizer: Tokenizer, source: str) -> None:
 
 
 @pytest.mark.parametrize("roles", ["sumumu", "umumum", "mumu", "sumu", "smumumumu"])
-@pytest.mark.parametrize("source", [GEMMA, OTHER_NAMES])
+@pytest.mark.parametrize("source", [GEMMA, OTHER_NAMES, THINKING, MARKED])
 def test_what_is_kept_is_the_prompt_of_the_shortened_conversation(
     tokenizer: Tokenizer, roles: str, source: str
 ) -> None:
