@@ -35,6 +35,7 @@ from runtime.stream import Generation, GenerationRun, GenerationStream
 from runtime.tables import RowTable
 from runtime.target import TargetModel
 from runtime.tokenizer import Tokenizer
+from runtime.turns import ContextPolicy, room_in_context, sliding_of
 from runtime.verified_cache import user_cache_folder
 
 BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no tokens
@@ -119,6 +120,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         num_draft_tokens: int | None = None,
+        context_policy: ContextPolicy = "stop",
     ) -> Generation:
         """Generates until an end-of-sequence token, a stop string, `max_tokens` or the end of the context.
 
@@ -129,6 +131,12 @@ class Runtime:
             prompt: text, before which BOS is put, or token ids, taken as they are
             num_draft_tokens: so many drafts of the drafter in every round, 0 for none; None for as many, of the drafter
                 or of what the text repeats, as pay by what stood so far, up to the profile's number
+            context_policy: what happens where the context is full. "stop": the generation ends. "slide": the oldest
+                turns of a chat are dropped, and what remains is prefilled again, so that the text goes on as that of
+                the shortened conversation. The system's turn stays, and all from the last user turn on. So many turns
+                go that there is room for `max_tokens` or a quarter of the context, whichever is less, or else as much
+                as there can be; the same for a prompt that leaves less room than that. Where nothing more can be
+                dropped, as in plain text, the generation ends.
 
         Raises:
             RequestError: the prompt or an option cannot be served.
@@ -145,6 +153,7 @@ class Runtime:
             seed=seed,
             stop=stop,
             num_draft_tokens=num_draft_tokens,
+            context_policy=context_policy,
         )
         return stream.finish()
 
@@ -159,6 +168,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         num_draft_tokens: int | None = None,
+        context_policy: ContextPolicy = "stop",
     ) -> GenerationStream:
         """As `generate`, but yields pieces of text as they become certain; its `generation` holds the result.
 
@@ -167,14 +177,19 @@ class Runtime:
         """
         loaded = self._open_or_raise()
         prompt_ids = self._prompt_ids(loaded, prompt)
+        sliding = sliding_of(context_policy, prompt_ids, loaded.template, loaded.tokenizer, self.context_tokens)
+        room = room_in_context(len(prompt_ids), self.context_tokens, sliding)
+        wanted = _token_limit(max_tokens)
         params = self._sampling_params(temperature, top_p, top_k)
         request = Request(
             prompt_ids=prompt_ids,
-            max_tokens=self._token_limit(len(prompt_ids), max_tokens),
+            max_tokens=room if wanted is None else min(wanted, room),
             params=params,
             num_draft_tokens=self._num_draft_tokens(num_draft_tokens),
             prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
             costs=loaded.costs if num_draft_tokens is None else None,
+            sliding=sliding,
+            fills_context=wanted is None or wanted > room,
         )
         if seed is not None and (type(seed) is not int or seed < 0):
             raise RequestError(f"seed is {reprlib.repr(seed)}, expected an integer >= 0")
@@ -193,6 +208,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         num_draft_tokens: int | None = None,
+        context_policy: ContextPolicy = "stop",
     ) -> Generation:
         """Renders messages ({"role", "content"}) with the checkpoint's chat template and generates the answer.
 
@@ -207,6 +223,7 @@ class Runtime:
             seed=seed,
             stop=stop,
             num_draft_tokens=num_draft_tokens,
+            context_policy=context_policy,
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -303,20 +320,7 @@ class Runtime:
         ids = [_token_id(value, place, self.manifest.model.vocab_size) for place, value in enumerate(prompt)]
         if not ids:
             raise RequestError("the prompt is empty; pass at least one token")
-        if len(ids) >= self.context_tokens:
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, the context holds {self.context_tokens:,} and needs room for one "
-                "more; shorten the prompt or load with a larger context or memory budget"
-            )
         return ids
-
-    def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        room = self.context_tokens - num_prompt_tokens
-        if max_tokens is None:
-            return room
-        if type(max_tokens) is not int or max_tokens < 1:
-            raise RequestError(f"max_tokens is {reprlib.repr(max_tokens)}, expected an integer >= 1")
-        return min(max_tokens, room)
 
     def _sampling_params(self, temperature: float | None, top_p: float | None, top_k: int | None) -> SamplingParams:
         defaults = self.manifest.generation
@@ -389,6 +393,12 @@ def _chat_template(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Ch
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: not UTF-8 at byte {error.start:,}; re-export the model") from error
     return ChatTemplate(source, {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(eos)})
+
+
+def _token_limit(max_tokens: int | None) -> int | None:
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise RequestError(f"max_tokens is {reprlib.repr(max_tokens)}, expected an integer >= 1")
+    return max_tokens
 
 
 def _token_id(value: Any, place: int, vocab_size: int) -> int:

@@ -60,3 +60,7 @@ class TargetModel:
     def trim(self, num_tokens: int) -> None:
         """Forgets the last tokens, as after rejected drafts."""
         self.cache.trim(num_tokens)
+
+    def clear(self) -> None:
+        """Forgets every token."""
+        self.cache.clear()
