@@ -16,9 +16,9 @@ from tests.layouts import ExportBoth, needs_native
 
 PROMPT = [2, 5, 7, 30, 12]
 REFUSED = (
-    "profile test: kv_dtype '{}' needs the native layout, {}, and stock ONNX Runtime would make a dense float32 copy of "
-    "each layer's rows in every forward; export or convert with --layout native where the ops run, or set kv_dtype to "
-    "'float32' or 'auto'"
+    "profile test: kv_dtype '{}' needs the native layout, {}, and stock ONNX Runtime would make a dense float32 copy "
+    "of each layer's rows in every forward; export or convert with --layout native where the ops run, or set kv_dtype "
+    "to 'float32' or 'auto'"
 )
 
 
