@@ -46,8 +46,6 @@ struct AttentionSegment {
     const uint8_t* values;  // [num_keys] rows
     int num_keys;           // 1 to kMaxSegmentKeys
     bool reads_ahead;       // nobody has read these rows just now
-
-    size_t row_bytes() const { return size_t(kv_row_bytes(type, head_dim)); }
 };
 
 // Softmax numerators of some keys: sum and output are relative to the largest score.

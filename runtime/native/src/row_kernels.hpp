@@ -157,6 +157,7 @@ void norm_rotate(const float* x, const float* weight, int size, float epsilon, c
 
 template <class V>
 struct FloatRow {
+    static constexpr edge::KvType type = edge::KvType::float32;
     static constexpr int value_bytes = 4;
     FloatRow(const uint8_t* row, int, int) : values(reinterpret_cast<const float*>(row)) {}
     typename V::T load(int d) const { return V::load(values + d); }
@@ -166,6 +167,7 @@ struct FloatRow {
 
 template <class V>
 struct HalfRow {
+    static constexpr edge::KvType type = edge::KvType::float16;
     static constexpr int value_bytes = 2;
     HalfRow(const uint8_t* row, int, int) : values(reinterpret_cast<const uint16_t*>(row)) {}
     typename V::T load(int d) const { return V::load_halves(values + d); }
@@ -183,6 +185,7 @@ inline size_t scale_place(int head_dim, int dim) { return size_t(head_dim) + 2 *
 
 template <class V>
 struct CodeRow {
+    static constexpr edge::KvType type = edge::KvType::int8;
     static constexpr int value_bytes = 1;
     CodeRow(const uint8_t* row, int head_dim, int dim) : codes(reinterpret_cast<const int8_t*>(row)) {
         uint16_t half;
@@ -269,11 +272,11 @@ void store_row(const float* x, int head_dim, edge::KvType type, uint8_t* row) {
 // ---- attention
 
 // Asks for one cache line of rows that are needed soon. Past the last row is harmless.
-inline void read_ahead(const AttentionSegment& s, int key, int num_keys, int offset) {
+inline void read_ahead(const AttentionSegment& s, size_t row_bytes, int key, int num_keys, int offset) {
     constexpr int kKeysAhead = 8;
     for (int k = key; k < key + num_keys; k++) {
-        __builtin_prefetch(s.keys + size_t(k + kKeysAhead) * s.row_bytes() + offset, 0, 3);
-        __builtin_prefetch(s.values + size_t(k) * s.row_bytes() + offset, 0, 2);
+        __builtin_prefetch(s.keys + size_t(k + kKeysAhead) * row_bytes + offset, 0, 3);
+        __builtin_prefetch(s.values + size_t(k) * row_bytes + offset, 0, 2);
     }
 }
 
@@ -282,10 +285,11 @@ template <class V, class Row, int QUERIES, int KEYS>
 inline void score_keys(const AttentionSegment& s, int key, float* scores) {
     constexpr int kSums = KEYS * QUERIES, kLineDims = 64 / Row::value_bytes;
     static_assert(kSums % V::lanes == 0, "sums are folded a vector at a time");
+    const size_t row_bytes = size_t(edge::kv_row_bytes(Row::type, s.head_dim));
     const uint8_t* places[KEYS];
     for (int k = 0; k < KEYS; k++) {
         const int row = key + k < s.num_keys ? key + k : s.num_keys - 1;
-        places[k] = s.keys + size_t(row) * s.row_bytes();
+        places[k] = s.keys + size_t(row) * row_bytes;
     }
     typename V::T sums[kSums];
     UNROLL for (int i = 0; i < kSums; i++) sums[i] = V::set(0.0f);
@@ -300,7 +304,7 @@ inline void score_keys(const AttentionSegment& s, int key, float* scores) {
         const int stop = block + edge::kKvBlock < s.head_dim ? block + edge::kKvBlock : s.head_dim;
         int d = block;
         for (; d + V::lanes <= stop; d += V::lanes) {
-            if (s.reads_ahead && d % kLineDims == 0) read_ahead(s, key, KEYS, d * Row::value_bytes);
+            if (s.reads_ahead && d % kLineDims == 0) read_ahead(s, row_bytes, key, KEYS, d * Row::value_bytes);
             typename V::T parts[KEYS];
             UNROLL for (int k = 0; k < KEYS; k++) parts[k] = Row(places[k], s.head_dim, block).load(d);
             add(d, parts);
@@ -324,7 +328,7 @@ inline void add_values(const AttentionSegment& s, int dim, const float* weights,
     typename V::T sums[QUERIES][VECTORS];
     UNROLL for (int q = 0; q < QUERIES; q++)
         UNROLL for (int v = 0; v < VECTORS; v++) sums[q][v] = V::set(0.0f);
-    const size_t row_bytes = s.row_bytes();
+    const size_t row_bytes = size_t(edge::kv_row_bytes(Row::type, s.head_dim));
     for (int key = 0; key < s.num_keys; key++) {
         const Row row(s.values + size_t(key) * row_bytes, s.head_dim, dim);
         typename V::T parts[VECTORS];
