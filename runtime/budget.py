@@ -7,12 +7,13 @@ import os
 
 from profiles import MAX_DRAFT_TOKENS, DeviceProfile
 from runtime.errors import MemoryBudgetError
-from runtime.kv_cache import GROWTH_TOKENS, full_bytes_per_token, sliding_bytes
+from runtime.kv_cache import full_bytes_per_token, sliding_bytes
+from runtime.kv_rows import choose_kv_dtype
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
-from runtime.signature import KV_DTYPES
 
 FLOAT_BYTES = 4
+LEAST_TOKENS = 512  # of a context
 IDLE_BYTES = 48 << 20  # interpreter, libraries and graphs of an idle runtime (measured 32 MiB with 2 threads)
 # a tokenizer in memory, relative to its compact file (measured 7.5, while it loads up to 13)
 TOKENIZER_FACTOR = 13
@@ -31,10 +32,10 @@ def context_that_fits(manifest: Manifest, profile: DeviceProfile, budget_bytes: 
     """Tokens of context within the budget, the profile's cap and the model's own limit.
 
     Raises:
-        MemoryBudgetError: not even one growth step of the cache fits.
+        MemoryBudgetError: not even `LEAST_TOKENS` fit.
     """
     wanted = min(profile.context_tokens, manifest.model.context_tokens)
-    least = min(wanted, GROWTH_TOKENS)
+    least = min(wanted, LEAST_TOKENS)
     needed = planned_bytes(manifest, profile, least)
     if needed > budget_bytes:
         raise MemoryBudgetError(
@@ -50,7 +51,9 @@ def planned_bytes(manifest: Manifest, profile: DeviceProfile, context_tokens: in
     model, num_new = manifest.model, max_new_tokens(profile)
     tokenizer = TOKENIZER_FACTOR * manifest.files["tokenizer.json"].size_bytes
     loaded = IDLE_BYTES + tokenizer + _packed_bytes(manifest)
-    working = activation_bytes(manifest, num_new) + sliding_bytes(model, manifest.layout, num_new)
+    working = activation_bytes(manifest, num_new) + sliding_bytes(
+        model, choose_kv_dtype(profile, manifest.layout), num_new
+    )
     return loaded + working + context_tokens * _bytes_per_token(manifest, profile)
 
 
@@ -71,11 +74,10 @@ def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
 
 
 def _bytes_per_token(manifest: Manifest, profile: DeviceProfile) -> int:
-    """Bytes that each token of context adds: KV rows, one more of the array that grows, portable attention scores."""
-    model, layout = manifest.model, manifest.layout
-    largest = max(layer.head_dim for layer in model.layers)
-    rows = full_bytes_per_token(model, layout) + KV_DTYPES[layout].itemsize * largest
-    if layout == "native":
+    """Bytes that each token of context adds: KV rows, portable attention scores."""
+    model = manifest.model
+    rows = full_bytes_per_token(model, choose_kv_dtype(profile, manifest.layout))
+    if manifest.layout == "native":
         return rows
     return rows + FLOAT_BYTES * max_new_tokens(profile) * (SCORE_COPIES * model.num_heads + 2)
 

@@ -22,6 +22,7 @@ from runtime.drafter import DrafterModel
 from runtime.errors import ArtifactError, BusyError, ClosedError, InferenceError, RequestError
 from runtime.generation import Request
 from runtime.kv_cache import KVCache
+from runtime.kv_rows import KVDtype, choose_kv_dtype
 from runtime.layout import DECODER, DRAFTER, Layout
 from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
 from runtime.memory import keep_large_blocks_apart
@@ -89,7 +90,7 @@ class Runtime:
             ArtifactError: a file is damaged, missing or of another version.
             DestinationError: a portable copy is needed and cannot be made.
             MemoryBudgetError: the budget leaves no room for a context.
-            ProfileError: the profile is unknown or not usable.
+            ProfileError: the profile is unknown or not usable, or its KV rows are none that the graphs can read.
             InferenceError: the model does not run.
         """
         keep_large_blocks_apart()
@@ -97,14 +98,16 @@ class Runtime:
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
         if manifest.layout == "native" and (reason := native.unusable_because()):
+            choose_kv_dtype(device, "portable", reason)  # before a copy is made in vain
             folder = portable_copy(folder, manifest, reason)
             manifest = read_manifest(folder)
+        kv_dtype = choose_kv_dtype(device, manifest.layout)
         context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
         if manifest.layout == "native":  # else the sessions read all weights once and keep them repacked
             check_files(folder, manifest)
             read_ahead([folder / name for name in sorted({matrix.file for matrix in manifest.matrices})])
         verify_digests(folder, manifest, cache=user_cache_folder())
-        loaded = _open(folder, manifest, device, context_tokens)
+        loaded = _open(folder, manifest, device, context_tokens, kv_dtype)
         if device.num_draft_tokens > 0:
             loaded.costs = _step_costs(folder, loaded, device)
         return cls(manifest, device, context_tokens, loaded)
@@ -341,14 +344,14 @@ class Runtime:
         return num_draft_tokens
 
 
-def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> _Loaded:
+def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int, kv_dtype: KVDtype) -> _Loaded:
     model, layout = manifest.model, manifest.layout
     tokenizer = Tokenizer.load(folder / "tokenizer.json", bos_token_id=model.bos_token_id)
     template = _chat_template(folder, manifest, tokenizer)
     target = TargetModel(
         _open_graph(folder / DECODER, profile, layout, decoder_signature(model, layout)),
         model,
-        KVCache(model, layout, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
+        KVCache(model, kv_dtype, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
         layout,

@@ -76,7 +76,7 @@ def _size(size: int | None) -> str:
 
 
 class Binding:
-    """Inputs and outputs of runs, bound by address; keeps all arrays alive but those of the KV cache."""
+    """Inputs and outputs of runs, bound by address; keeps the arrays alive."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
@@ -86,10 +86,6 @@ class Binding:
     def input(self, name: str, array: Array) -> None:
         """Binds a contiguous array as an input."""
         self._arrays.append(array)
-        self.cache_input(name, array)
-
-    def cache_input(self, name: str, array: Array) -> None:
-        """Binds an array that the KV cache keeps alive: a binding that lasts must not hold what the cache outgrew."""
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def output(self, name: str, array: Array, shape: Sequence[int] | None = None) -> None:

@@ -75,8 +75,18 @@ def test_native_kv_rows_take_half(tiny_artifact, one_thread):
     manifests = [read_manifest(tiny_artifact("wide", 4, "int8", layout)) for layout in ("native", "portable")]
     native, portable = (planned_bytes(one, one_thread, 1000) - planned_bytes(one, one_thread, 0) for one in manifests)
     model = manifests[0].model
-    assert full_bytes_per_token(model, "portable") == 2 * full_bytes_per_token(model, "native")
+    assert full_bytes_per_token(model, "float32") == 2 * full_bytes_per_token(model, "float16")
     assert 0 < 2 * native <= portable  # which also has scores
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "int8"])
+def test_a_token_takes_the_rows_of_the_type_that_the_profile_asks_for(tiny_artifact, one_thread, kv_dtype):
+    manifest, profile = (
+        read_manifest(tiny_artifact("wide", 4, "int8", "native")),
+        replace(one_thread, kv_dtype=kv_dtype),
+    )
+    added = planned_bytes(manifest, profile, 1000) - planned_bytes(manifest, profile, 0)
+    assert added == 1000 * full_bytes_per_token(manifest.model, kv_dtype)
 
 
 def test_the_largest_context_within_the_budget(manifest, one_thread):
