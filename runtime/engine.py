@@ -5,67 +5,43 @@ import reprlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime as ort
 
-from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile, threads_of
+from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
 from runtime import native
-from runtime.budget import context_that_fits, max_new_tokens
-from runtime.chat import ChatTemplate, plain_messages
-from runtime.draft_policy import StepCosts
+from runtime.chat import plain_messages
 from runtime.drafter import DrafterModel
-from runtime.errors import ArtifactError, BusyError, ClosedError, InferenceError, RequestError
+from runtime.errors import BusyError, ClosedError, RequestError
 from runtime.generation import Request
-from runtime.kv_cache import KVCache
-from runtime.kv_rows import KVDtype, choose_kv_dtype
-from runtime.layout import DECODER, DRAFTER, Layout
-from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
+from runtime.kv_rows import choose_kv_dtype
+from runtime.loading import Loaded, load_planned
+from runtime.manifest import Manifest, read_manifest
 from runtime.memory import keep_large_blocks_apart
-from runtime.page_cache import read_ahead
+from runtime.memory_plan import MemoryPlan, plan_memory
 from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
-from runtime.session import check_signature, new_run_options, open_session
-from runtime.signature import Signature, decoder_signature, drafter_signature
-from runtime.step_costs import costs_record, measure_step_costs, recall_costs, remember_costs
+from runtime.session import new_run_options
 from runtime.stream import Generation, GenerationRun, GenerationStream
-from runtime.tables import RowTable
 from runtime.target import TargetModel
-from runtime.tokenizer import Tokenizer
 from runtime.turns import ContextPolicy, room_in_context, sliding_of
-from runtime.verified_cache import user_cache_folder
 
 BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no tokens
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """What an open runtime holds."""
-
-    target: TargetModel
-    drafter: DrafterModel | None
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    costs: StepCosts | None = None  # None where the profile grants no drafts
-
-    def close(self) -> None:
-        self.target.token_table.close()
-        self.target.ple_table.close()
 
 
 class Runtime:
     """A loaded artifact. Use `Runtime.load`; close it, or use it as a context manager."""
 
-    def __init__(self, manifest: Manifest, profile: DeviceProfile, context_tokens: int, loaded: _Loaded) -> None:
+    def __init__(self, manifest: Manifest, profile: DeviceProfile, plan: MemoryPlan, loaded: Loaded) -> None:
         """Made by `load`."""
         self.manifest = manifest
         self.profile = profile
-        self.context_tokens = context_tokens
-        self._loaded: _Loaded | None = loaded
+        self.plan = plan
+        self.context_tokens = plan.context_tokens
+        self._loaded: Loaded | None = loaded
         self._process = os.getpid()
         self._claim_lock = threading.Lock()
         self._step_lock = threading.Lock()
@@ -73,9 +49,14 @@ class Runtime:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, profile: str | Path | DeviceProfile = "laptop", memory_budget: int | str | None = None
+        cls,
+        path: str | Path,
+        *,
+        profile: str | Path | DeviceProfile = "laptop",
+        memory_budget: int | str | None = None,
+        context_tokens: int | None = None,
     ) -> Self:
-        """Opens an artifact within the memory that the profile grants.
+        """Opens an artifact within the memory that the profile grants: what it takes is planned before it is loaded.
 
         Every file is checked against the manifest; digests are computed when a file is first seen or has changed. The
         first load, and once a day a later one, measures for a part of a second what drafting costs on this machine.
@@ -85,11 +66,12 @@ class Runtime:
             path: an artifact folder, as `edge-export` makes it
             profile: a built-in profile's name, a TOML file or a profile
             memory_budget: anonymous memory to stay within, in bytes or as "2 GiB", instead of the profile's
+            context_tokens: tokens of context that must fit; None for as many as do, up to the profile's
 
         Raises:
             ArtifactError: a file is damaged, missing or of another version.
             DestinationError: a portable copy is needed and cannot be made.
-            MemoryBudgetError: the budget leaves no room for a context.
+            MemoryBudgetError: the budget leaves no room for the context; names what would fit.
             ProfileError: the profile is unknown or not usable, or its KV rows are none that the graphs can read.
             InferenceError: the model does not run.
         """
@@ -101,16 +83,9 @@ class Runtime:
             choose_kv_dtype(device, "portable", reason)  # before a copy is made in vain
             folder = portable_copy(folder, manifest, reason)
             manifest = read_manifest(folder)
-        kv_dtype = choose_kv_dtype(device, manifest.layout)
-        context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
-        if manifest.layout == "native":  # else the sessions read all weights once and keep them repacked
-            check_files(folder, manifest)
-            read_ahead([folder / name for name in sorted({matrix.file for matrix in manifest.matrices})])
-        verify_digests(folder, manifest, cache=user_cache_folder())
-        loaded = _open(folder, manifest, device, context_tokens, kv_dtype)
-        if device.num_draft_tokens > 0:
-            loaded.costs = _step_costs(folder, loaded, device)
-        return cls(manifest, device, context_tokens, loaded)
+        budget = budget_bytes(device, memory_budget)
+        plan = plan_memory(manifest, device, budget, context_tokens=context_tokens, model=folder.resolve().name)
+        return cls(manifest, device, plan, load_planned(folder, manifest, device, plan))
 
     def generate(
         self,
@@ -307,13 +282,13 @@ class Runtime:
                 "load it in the child, or start children with the spawn method"
             )
 
-    def _open_or_raise(self) -> _Loaded:
+    def _open_or_raise(self) -> Loaded:
         self._check_process()
         if self._loaded is None:
             raise ClosedError("the runtime is closed; load the artifact again")
         return self._loaded
 
-    def _prompt_ids(self, loaded: _Loaded, prompt: str | Sequence[int]) -> list[int]:
+    def _prompt_ids(self, loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             prompt = loaded.tokenizer.encode(prompt, add_bos=True) if prompt else []
         elif isinstance(prompt, np.ndarray):
@@ -341,61 +316,12 @@ class Runtime:
         if type(num_draft_tokens) is not int or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
             found = reprlib.repr(num_draft_tokens)
             raise RequestError(f"num_draft_tokens is {found}, expected an integer 0-{MAX_DRAFT_TOKENS}")
+        if num_draft_tokens and not self.profile.num_draft_tokens:
+            raise RequestError(
+                f"num_draft_tokens is {num_draft_tokens}, profile {self.profile.name} grants 0, so no drafter was "
+                "loaded; load with a profile that grants more"
+            )
         return num_draft_tokens
-
-
-def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int, kv_dtype: KVDtype) -> _Loaded:
-    model, layout = manifest.model, manifest.layout
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", bos_token_id=model.bos_token_id)
-    template = _chat_template(folder, manifest, tokenizer)
-    target = TargetModel(
-        _open_graph(folder / DECODER, profile, layout, decoder_signature(model, layout)),
-        model,
-        KVCache(model, kv_dtype, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
-        RowTable(folder, manifest.token_table),
-        RowTable(folder, manifest.ple_table),
-        layout,
-    )
-    drafter = None
-    if manifest.drafter is not None:
-        session = _open_graph(folder / DRAFTER, profile, layout, drafter_signature(manifest.drafter, layout))
-        drafter = DrafterModel(session, manifest.drafter, target)
-    return _Loaded(target, drafter, tokenizer, template)
-
-
-def _step_costs(folder: Path, loaded: _Loaded, profile: DeviceProfile) -> StepCosts:
-    """What rounds cost on this machine: remembered, or measured now."""
-    target, drafter, cache = loaded.target, loaded.drafter, user_cache_folder()
-    record = costs_record(cache, folder / "manifest.json", threads_of(profile)) if cache is not None else None
-    if record is not None and (costs := recall_costs(record, has_drafter=drafter is not None)) is not None:
-        return costs
-    try:
-        costs = measure_step_costs(target, drafter, target.model.bos_token_id, target.cache.max_tokens)
-    except InferenceError:
-        loaded.close()
-        raise
-    target.cache.clear()
-    if record is not None and (costs.draft_seconds is None) == (drafter is None):
-        remember_costs(record, costs)
-    return costs
-
-
-def _open_graph(path: Path, profile: DeviceProfile, layout: Layout, signature: Signature) -> ort.InferenceSession:
-    session = open_session(path, profile, layout)
-    check_signature(path, session, signature)
-    return session
-
-
-def _chat_template(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:
-    path = folder / "chat_template.jinja"
-    if path.name not in manifest.files:
-        return None
-    bos, eos = manifest.model.bos_token_id, manifest.generation["eos_token_ids"][0]
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: not UTF-8 at byte {error.start:,}; re-export the model") from error
-    return ChatTemplate(source, {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(eos)})
 
 
 def _token_limit(max_tokens: int | None) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import engine, native
+from runtime import loading, native
 from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
 from runtime.engine import Runtime
@@ -197,7 +197,7 @@ def test_the_second_load_measures_nothing(
         assert costs is not None
         assert costs.draft_seconds is not None
         assert runtime.generate([2, 5, 7], max_tokens=4, num_draft_tokens=2).stats.step_costs is None
-    monkeypatch.setattr(engine, "measure_step_costs", None)
+    monkeypatch.setattr(loading, "measure_step_costs", None)
     with Runtime.load(tiny_artifact("wide"), profile=ONE_THREAD) as runtime:
         assert runtime.generate([2, 5, 7], max_tokens=4).stats.step_costs == costs
 
@@ -205,7 +205,7 @@ def test_the_second_load_measures_nothing(
 def test_a_load_without_a_cache_folder_measures_again(
     tiny_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "user_cache_folder", lambda: None)
+    monkeypatch.setattr(loading, "user_cache_folder", lambda: None)
     with Runtime.load(tiny_artifact("wide"), profile=ONE_THREAD) as runtime:
         assert runtime.generate([2, 5, 7], max_tokens=4).stats.step_costs is not None
 
