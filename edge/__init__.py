@@ -7,7 +7,8 @@ with edge.Runtime.load("gemma-4-e2b-edge") as runtime:
         print(piece, end="", flush=True)
 """
 
-from profiles import DeviceProfile, ProfileError, load_profile
+from edge.planning import plan
+from profiles import DeviceProfile, ProfileError, detect_profile, load_profile
 from runtime.engine import Runtime
 from runtime.errors import (
     ArtifactError,
@@ -20,6 +21,7 @@ from runtime.errors import (
     MemoryBudgetError,
     RequestError,
 )
+from runtime.memory_plan import MemoryPart, MemoryPlan
 from runtime.stats import GenerationStats
 from runtime.stream import Generation, GenerationStream
 
@@ -36,8 +38,12 @@ __all__ = [
     "GenerationStream",
     "InferenceError",
     "MemoryBudgetError",
+    "MemoryPart",
+    "MemoryPlan",
     "ProfileError",
     "RequestError",
     "Runtime",
+    "detect_profile",
     "load_profile",
+    "plan",
 ]

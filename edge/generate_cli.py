@@ -6,13 +6,14 @@ import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from edge.command import CommandParser, run_command
 from profiles import available_profiles
 from runtime.engine import Runtime
 from runtime.errors import RequestError
 from runtime.stream import Generation
+from runtime.turns import ContextPolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    parser.add_argument(
+        "--context-policy",
+        choices=get_args(ContextPolicy),
+        default="stop",
+        help="where the context is full: stop (default), or slide, which drops the oldest turns and goes on",
+    )
     parser.add_argument("--profile", default="laptop", help=f"{', '.join(available_profiles())} or a TOML file")
     parser.add_argument("--memory-budget", metavar="BYTES", help='such as "2 GiB" (default: the profile\'s)')
     parser.add_argument("--json", action="store_true", help="print one JSON object with token ids and statistics")
@@ -54,6 +61,7 @@ def _generate(options: argparse.Namespace) -> None:
             seed=options.seed,
             stop=options.stop,
             num_draft_tokens=options.num_draft_tokens,
+            context_policy=options.context_policy,
         )
         if options.json:
             print(json.dumps(_as_json(stream.finish())))
@@ -81,6 +89,7 @@ def _as_json(generation: Generation) -> dict[str, Any]:
         "text": generation.text,
         "token_ids": generation.token_ids,
         "finish_reason": generation.finish_reason,
+        "context_full": generation.context_full,
         "stats": asdict(generation.stats),
     }
 

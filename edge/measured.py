@@ -59,7 +59,8 @@ def artifact_folder(options: argparse.Namespace) -> Path:
     from quant.recipe import RecipeError, make_recipe
 
     try:
-        from export.dummy import DUMMIES, dummy_artifact
+        from export.dummy import dummy_artifact
+        from export.released import RELEASED
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
@@ -70,7 +71,7 @@ def artifact_folder(options: argparse.Namespace) -> Path:
         )
     except RecipeError as error:
         raise EdgeError(str(error)) from error
-    dummy, show_progress = DUMMIES[options.dummy], not options.quiet
+    dummy, show_progress = RELEASED[options.dummy], not options.quiet
     return dummy_artifact(dummy, recipe, layout=options.layout, show_progress=show_progress)
 
 

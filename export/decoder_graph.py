@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.linear import StoredMatrix, TensorRows
-from export.stack import Emitter, Tokens, Weight, attention_and_mlp, finish_layer, last_rows
+from export.stack import Emitter, Tokens, Weight, attention_and_mlp, columns, finish_layer, last_rows
 from quant.recipe import WeightFormat
 from runtime.model_config import ModelConfig
 
@@ -58,11 +58,11 @@ class DecoderGraph:
         num_owned, num_layers, size = model.num_owned_layers, len(model.layers), model.ple_size
         if num_owned == num_layers:
             return self._project_ple(embeds, "per_layer_inputs", 0, num_layers)
-        lower, upper = graph.split("per_layer_inputs", [num_owned * size, (num_layers - num_owned) * size])
-        kept_embeds, kept_upper = last_rows(graph, embeds, kept_from), last_rows(graph, upper, kept_from)
+        kept_embeds, kept = (last_rows(graph, value, kept_from) for value in (embeds, "per_layer_inputs"))
+        lower, upper = columns(graph, "per_layer_inputs", 0, num_owned * size), columns(graph, kept, num_owned * size)
         return [
             *self._project_ple(embeds, lower, 0, num_owned),
-            *self._project_ple(kept_embeds, kept_upper, num_owned, num_layers),
+            *self._project_ple(kept_embeds, upper, num_owned, num_layers),
         ]
 
     def _project_ple(self, embeds: str, token_part: str, start: int, stop: int) -> list[str]:

@@ -2,8 +2,6 @@
 
 The real export writes them from a source that makes its weights up, so they are what an export makes. They are kept in
 the user's cache and found there again as long as the options, the format and the exporter's own code are the same.
-
-Source: sizes as in google/gemma-4-E2B-it and -E4B-it and their assistants.
 """
 
 import hashlib
@@ -14,7 +12,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from export.checkpoint import CHUNK_WEIGHTS, Checkpoint, Float32, Indices, Tenso
 from export.errors import ExportError
 from export.hf_config import drafter_config, generation_defaults, model_config
 from export.pipeline import Source, export_artifact
+from export.released import ReleasedModel
 from export.source import DEMO_FOLDER
 from export.text_files import TOKENIZER
 from quant.blockwise import BlockFormat, Codes, Float16
@@ -37,7 +35,6 @@ from runtime.model_config import DrafterConfig, LayerConfig, ModelConfig, StackC
 from runtime.verified_cache import user_cache_folder
 
 PREFIX = "model."
-SLIDING, FULL = "sliding_attention", "full_attention"
 ALPHABET = [chr(0xE000 + letter) for letter in range(64)]  # private use: no text has these, so none is cut differently
 POOL_BYTES = 4 * CHUNK_WEIGHTS
 # by byte: 0.5 to 1.5, of either sign, as quantized blocks have them; equal signs would shift all sums one way
@@ -53,73 +50,10 @@ CODE = (
     "runtime/model_config.py",
 )
 UNUSED_SECONDS = 24 * 3600.0
-_BOTH = {"vocab_size": 262_144, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512}
-_TARGET = _BOTH | {
-    "model_type": "gemma4_text",
-    "vocab_size_per_layer_input": 262_144,
-    "hidden_size_per_layer_input": 256,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 131_072,
-    "final_logit_softcapping": 30.0,
-    "eos_token_id": [1, 106, 50],
-}
-
-
-@dataclass(frozen=True, slots=True)
-class DummyModel:
-    """A pair's sizes, as the `config.json` of the target and of the assistant have them."""
-
-    name: str
-    target: Mapping[str, Any]
-    assistant: Mapping[str, Any]
-
-
-def _assistant(backbone_hidden_size: int, num_kv_heads: int) -> dict[str, Any]:
-    text = _BOTH | {
-        "model_type": "gemma4_text",
-        "hidden_size": 256,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": num_kv_heads,
-        "layer_types": [SLIDING] * 3 + [FULL],
-    }
-    return {
-        "model_type": "gemma4_assistant",
-        "backbone_hidden_size": backbone_hidden_size,
-        "use_ordered_embeddings": True,
-        "num_centroids": 2048,
-        "centroid_intermediate_top_k": 32,
-        "text_config": text,
-    }
-
-
-_E2B = _TARGET | {
-    "hidden_size": 1536,
-    "intermediate_size": 6144,
-    "use_double_wide_mlp": True,
-    "num_hidden_layers": 35,
-    "num_kv_shared_layers": 20,
-    "num_key_value_heads": 1,
-    "layer_types": [*[SLIDING] * 4, FULL] * 7,
-}
-_E4B = _TARGET | {
-    "hidden_size": 2560,
-    "intermediate_size": 10_240,
-    "use_double_wide_mlp": False,
-    "num_hidden_layers": 42,
-    "num_kv_shared_layers": 18,
-    "num_key_value_heads": 2,
-    "layer_types": [*[SLIDING] * 5, FULL] * 7,
-}
-DUMMIES = {
-    "E2B": DummyModel("E2B", _E2B, _assistant(1536, num_kv_heads=1)),
-    "E4B": DummyModel("E4B", _E4B, _assistant(2560, num_kv_heads=2)),
-}
 
 
 def dummy_artifact(
-    dummy: DummyModel, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
+    dummy: ReleasedModel, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
 ) -> Path:
     """The folder of an artifact with random weights in the user's cache; made where it is not there yet.
 
@@ -145,7 +79,7 @@ def dummy_artifact(
 
 
 def write_dummy(
-    dummy: DummyModel, destination: Path, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
+    dummy: ReleasedModel, destination: Path, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
 ) -> None:
     """Exports random weights to `destination`, as an export of a checkpoint of this shape would."""
     with tempfile.TemporaryDirectory(prefix="gemma-edge-dummy-") as name:
@@ -159,7 +93,7 @@ def write_dummy(
         )
 
 
-def _source(dummy: DummyModel, target: Path, assistant: Path) -> Source:
+def _source(dummy: ReleasedModel, target: Path, assistant: Path) -> Source:
     model = model_config(dummy.target, dummy.name)
     return Source(
         target=RandomCheckpoint(target, target_shapes(model)),
@@ -302,7 +236,7 @@ def _tokenizer(vocab_size: int) -> dict[str, Any]:
     return content
 
 
-def _key(dummy: DummyModel, recipe: Recipe, layout: Layout | None) -> str:
+def _key(dummy: ReleasedModel, recipe: Recipe, layout: Layout | None) -> str:
     """Stands for all that the artifact depends on: sizes, recipe, format, and the code that writes it."""
     choice = [dict(dummy.target), dict(dummy.assistant), recipe.to_json(), layout, FORMAT_VERSION]
     digest = hashlib.sha256(json.dumps(choice).encode())

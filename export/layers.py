@@ -19,7 +19,6 @@ from export.linear import Product, StoredMatrix
 from export.stack import Rotation, StackWeights, Tokens, Weight, kept_rotations, last_rows
 from runtime.model_config import LayerConfig
 from runtime.signature import (
-    KV_DTYPES,
     key_name,
     key_view_name,
     kv_view_names,
@@ -148,7 +147,7 @@ class LayerEmitter:
                 self.graph.input(mask_name(kind), np.float32, ["num_tokens", f"num_{kind}_keys"])
         for index, layer in sources.items():
             for name in kv_view_names(index, layer):
-                self.graph.input(name, KV_DTYPES["portable"], [f"num_{layer.kind}_keys", layer.head_dim])
+                self.graph.input(name, np.float32, [f"num_{layer.kind}_keys", layer.head_dim])
 
     def tokens(self, position_ids: str, window: int) -> Tokens:
         """What attention needs of the tokens at int64 positions [num_tokens]."""

@@ -1,8 +1,8 @@
 """The native layout's nodes: Gemma 4 layers on the ops of the `edge` domain, ten of them for a layer.
 
 Every op computes each token on its own, so that a token's logits do not depend on how many are computed with it.
-`CachedAttention` writes new KV rows, rounded to float16, into its inputs, the whole KV arrays; a layer that reads
-another layer's rows depends on that layer's output, so they are written before they are read.
+`CachedAttention` writes new KV rows into its inputs, the whole KV arrays; a layer that reads another layer's rows
+depends on that layer's output, so they are written before they are read. Rows are bytes: one graph serves every type.
 
 Source: `runtime/native/`, where the ops are.
 """
@@ -19,7 +19,7 @@ from export.graph import EDGE, Graph
 from export.linear import StoredMatrix
 from export.stack import Rotation, StackWeights, Tokens, Weight, kept_rotations
 from runtime.model_config import LayerConfig
-from runtime.signature import KV_DTYPES, kv_view_names, num_top_logits, rows_name
+from runtime.signature import kv_view_names, num_top_logits, rows_name
 
 # what `QuantizedMatMul` does behind its product
 PLAIN, GELU_GLU, GELU_MUL, SOFTCAP = range(4)
@@ -120,7 +120,7 @@ class NativeLayerEmitter:
             self.graph.input(rows_name(kind), np.int64, [3])
         for index, layer in sources.items():
             for name in kv_view_names(index, layer):
-                self.graph.input(name, KV_DTYPES["native"], [f"{layer.kind}_capacity", layer.head_dim])
+                self.graph.input(name, np.uint8, [f"{layer.kind}_capacity", f"{layer.kind}_row_bytes"])
 
     def tokens(self, position_ids: str, window: int) -> Tokens:
         """What attention needs of the tokens at int64 positions [num_tokens]."""
@@ -159,7 +159,7 @@ class NativeLayerEmitter:
         """Raises CheckpointError unless every key fits: infinite ones could be ignored, which no one would notice."""
         # a row's norm is sqrt(head_dim) before the weight, and a rotation keeps that of each pair
         largest = np.sqrt(weight.size) * float(np.abs(weight).max())
-        if largest > np.finfo(KV_DTYPES["native"]).max:
+        if largest > np.finfo(np.float16).max:
             place = self.weights.checkpoint.place(name)
             raise CheckpointError(
                 f"{place}: keys of up to {largest:,.0f} exceed float16; export with --activations float32"

@@ -235,6 +235,12 @@ def last_rows(graph: Graph, value: str, kept_from: str) -> str:
     return graph.node("Slice", [value, kept_from, end, axis])
 
 
+def columns(graph: Graph, value: str, start: int, stop: int = LAST) -> str:
+    """Columns [start, stop) of a value [num_rows, size]."""
+    place = [graph.constant(np.array([number])) for number in (start, stop, 1)]
+    return graph.node("Slice", [value, *place])
+
+
 def kept_rotations(graph: Graph, tokens: Tokens, kept_from: str) -> dict[str, Rotation]:
     """Rotations of the last tokens; `kept_from` as `last_rows` takes it."""
     return {

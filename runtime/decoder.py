@@ -1,7 +1,7 @@
 """Runs decoder.onnx over the KV cache, in either layout: what is bound to it, and when it is bound anew.
 
 The portable graph gets masks and views that change with every forward. The native graph gets whole arrays, so that a
-binding serves every forward of as many tokens until the cache grows: only what the memory holds changes.
+binding serves every forward of as many tokens: only what the memory holds changes.
 """
 
 from collections.abc import Callable
@@ -88,8 +88,9 @@ class PortableDecoder:
             binding.input(mask_name(kind), attention_mask(span, self._cache.num_tokens, num_new, window))
         for kind, name, array in self._cache.arrays():
             span, row = spans[kind], self._cache.new_row(kind)
-            new_rows = array[row : row + num_new]
-            binding.input(name, array[span.start : span.stop])
+            rows = array.view(np.float32)
+            new_rows = rows[row : row + num_new]
+            binding.input(name, rows[span.start : span.stop])
             binding.output(f"new_{name}", new_rows, (1, *new_rows.shape))
 
 
@@ -115,12 +116,11 @@ class NativeDecoder:
         self._rows = RowInputs(_kinds(model))
         self._outputs = self._make_outputs(0)
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._arrays_version = cache.arrays_version
 
     def run(self, inputs_embeds: Float32, per_layer_inputs: Float32, num_kept: int, options: ort.RunOptions) -> Forward:
         """Computes tokens behind the cached ones."""
         num_new, start = len(inputs_embeds), self._cache.num_tokens
-        self._unbind_what_moved(num_kept)
+        self._make_output_room(num_kept)
         if num_new > LARGEST_STEP:
             step = self._bind(inputs_embeds, per_layer_inputs, num_kept)
         else:
@@ -132,11 +132,8 @@ class NativeDecoder:
         step.binding.run(options)
         return step.forward
 
-    def _unbind_what_moved(self, num_kept: int) -> None:
-        """Drops the bindings where the cache has other arrays or the outputs must."""
-        if self._arrays_version != self._cache.arrays_version:
-            self._steps.clear()
-            self._arrays_version = self._cache.arrays_version
+    def _make_output_room(self, num_kept: int) -> None:
+        """Makes room for the outputs; bindings over other memory are dropped."""
         if num_kept > len(self._outputs.logits):
             self._steps.clear()
             self._outputs = self._make_outputs(num_kept)
@@ -161,7 +158,7 @@ class NativeDecoder:
         binding.input("num_kept", np.array([num_kept], np.int64))
         self._rows.bind(binding)
         for _, name, array in self._cache.arrays():
-            binding.cache_input(name, array)
+            binding.input(name, array)
         outputs = self._outputs
         assert outputs.top_logits is not None and outputs.top_ids is not None
         top_logits, top_ids = outputs.top_logits[:num_kept], outputs.top_ids[:num_kept]

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from runtime.decoder import RowInputs
-from runtime.model_config import AttentionKind, DrafterConfig
+from runtime.model_config import DrafterConfig
 from runtime.sampling import Distribution, SamplingParams, distribution
-from runtime.session import Binding, float_buffer
+from runtime.session import Array, Binding, float_buffer
 from runtime.signature import kv_view_names
 from runtime.target import TargetModel
 
@@ -59,8 +59,7 @@ class DrafterModel:
         self._read_names = {name for layer in drafter.layers for name in kv_view_names(layer.kv_source, layer)}
         self._ids = np.empty(drafter.num_candidates, np.int64) if drafter.num_centroids else None
         self._logits = float_buffer(drafter.num_candidates)
-        self._whole: Binding | None = None  # over whole KV arrays, of the version behind it
-        self._whole_version = -1
+        self._whole: Binding | None = None  # over whole KV arrays
 
     def draft(
         self,
@@ -94,26 +93,28 @@ class DrafterModel:
     def _bind(self) -> Binding:
         """One binding serves a whole burst: position and KV rows stay, inputs and outputs are the same memory.
 
-        In the native layout it serves every burst until the cache grows.
+        In the native layout it serves every burst.
         """
         cache = self._target.cache
         self._position_ids[0] = cache.num_tokens
         if self._target.layout == "portable":
-            return self._bound_over({kind: slice(*cache.draft_span(kind)[:2]) for kind in self._kinds})
+            spans = {kind: cache.draft_span(kind) for kind in self._kinds}
+            arrays = ((spans[kind], name, array) for kind, name, array in cache.arrays() if name in self._read_names)
+            return self._bound_over(
+                {name: array[span.start : span.stop].view(np.float32) for span, name, array in arrays}
+            )
         self._rows.fill(cache.draft_span)
-        if self._whole is None or self._whole_version != cache.arrays_version:
-            self._whole = self._bound_over(dict.fromkeys(self._kinds, slice(None)))
+        if self._whole is None:
+            self._whole = self._bound_over({name: array for _, name, array in cache.arrays()})
             self._rows.bind(self._whole)
-            self._whole_version = cache.arrays_version
         return self._whole
 
-    def _bound_over(self, rows: Mapping[AttentionKind, slice]) -> Binding:
+    def _bound_over(self, rows: Mapping[str, Array]) -> Binding:
         binding = Binding(self._session)
         binding.input("inputs_embeds", self._input)
         binding.input("position_ids", self._position_ids)
-        for kind, name, array in self._target.cache.arrays():
-            if name in self._read_names:
-                binding.cache_input(name, array[rows[kind]])
+        for name in self._read_names:
+            binding.input(name, rows[name])
         binding.output("projected_state", self._state)
         binding.output("candidate_logits", self._logits)
         if self._ids is not None:

@@ -34,6 +34,10 @@ class Drafter(Protocol):
 class Drafting(Protocol):
     """Proposes drafts for each verify step and is told what became of them."""
 
+    def begin(self, token_ids: Sequence[int]) -> None:
+        """Goes on behind these tokens, those of a prefill and the first one behind it, and behind no others."""
+        ...
+
     def propose(self, last_token_id: int, hidden: Float32, num_room: int) -> list[Draft]:
         """At most `num_room` drafts behind `last_token_id`, which `hidden` predicted."""
         ...
@@ -45,15 +49,18 @@ class Drafting(Protocol):
 
 @dataclass(slots=True)
 class DraftCounts:
-    """What drafting did; `accepted_histogram[n]` counts the verify steps that accepted n drafts.
+    """What the loop did; `accepted_histogram[n]` counts the verify steps that accepted n drafts.
 
-    `drafted_histogram[n]` counts those that n drafts were given to.
+    `drafted_histogram[n]` counts those that n drafts were given to. A slide is where turns of the prompt were dropped.
     """
 
     num_drafted: int = 0
     num_accepted: int = 0
     num_verify_steps: int = 0
     num_drafter_faults: int = 0
+    num_prefilled_tokens: int = 0
+    num_slides: int = 0
+    num_dropped_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     drafted_histogram: list[int] = field(default_factory=list)
     num_steps: dict[Source, int] = field(default_factory=lambda: dict.fromkeys(("plain", "drafter", "lookup"), 0))
@@ -130,6 +137,9 @@ class FixedDrafting:
         self._drafter = drafter
         self._num_draft_tokens = num_draft_tokens
 
+    def begin(self, token_ids: Sequence[int]) -> None:
+        """As `Drafting`."""
+
     def propose(self, last_token_id: int, hidden: Float32, num_room: int) -> list[Draft]:
         """As `Drafting`."""
         return self._drafter.draft(last_token_id, hidden, min(self._num_draft_tokens, num_room))
@@ -145,19 +155,21 @@ class AdaptiveDrafting:
     def __init__(
         self,
         drafter: LastingDrafter,
-        token_ids: Sequence[int],
         num_draft_tokens: int,
         costs: StepCosts,
         params: SamplingParams,
     ) -> None:
-        """Drafts behind `token_ids`, the prompt and the first token behind it."""
         self._drafter = drafter
         self._params = params
         self._can_draft = costs.draft_seconds is not None
         self._limit = num_draft_tokens
         self._policy = DraftPolicy(costs, num_draft_tokens, NUM_PLACES)
-        self._lookup = PromptLookup(token_ids)
+        self._lookup = PromptLookup()
         self._choice = PLAIN
+
+    def begin(self, token_ids: Sequence[int]) -> None:
+        """As `Drafting`; what stood so far still counts, as the text is of the same kind."""
+        self._lookup = PromptLookup(token_ids)
 
     def propose(self, last_token_id: int, hidden: Float32, num_room: int) -> list[Draft]:
         """As `Drafting`; `last_token_id` is the one that the last `observe` ended with."""

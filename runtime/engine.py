@@ -5,64 +5,43 @@ import reprlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime as ort
 
 from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
 from runtime import native
-from runtime.budget import context_that_fits, max_new_tokens
-from runtime.chat import ChatTemplate, plain_messages
-from runtime.draft_policy import StepCosts
+from runtime.chat import plain_messages
 from runtime.drafter import DrafterModel
-from runtime.errors import ArtifactError, BusyError, ClosedError, InferenceError, RequestError
+from runtime.errors import BusyError, ClosedError, RequestError
 from runtime.generation import Request
-from runtime.kv_cache import KVCache
-from runtime.layout import DECODER, DRAFTER, Layout
-from runtime.manifest import Manifest, check_files, read_manifest, verify_digests
-from runtime.page_cache import read_ahead
+from runtime.kv_rows import choose_kv_dtype
+from runtime.loading import Loaded, load_planned
+from runtime.manifest import Manifest, read_manifest
+from runtime.memory import keep_large_blocks_apart
+from runtime.memory_plan import MemoryPlan, plan_memory
 from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
-from runtime.session import check_signature, new_run_options, open_session
-from runtime.signature import Signature, decoder_signature, drafter_signature
-from runtime.step_costs import costs_record, measure_step_costs, recall_costs, remember_costs
+from runtime.session import new_run_options
 from runtime.stream import Generation, GenerationRun, GenerationStream
-from runtime.tables import RowTable
 from runtime.target import TargetModel
-from runtime.tokenizer import Tokenizer
-from runtime.verified_cache import user_cache_folder
+from runtime.turns import ContextPolicy, room_in_context, sliding_of
 
 BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no tokens
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """What an open runtime holds."""
-
-    target: TargetModel
-    drafter: DrafterModel | None
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    costs: StepCosts | None = None  # None where the profile grants no drafts
-
-    def close(self) -> None:
-        self.target.token_table.close()
-        self.target.ple_table.close()
 
 
 class Runtime:
     """A loaded artifact. Use `Runtime.load`; close it, or use it as a context manager."""
 
-    def __init__(self, manifest: Manifest, profile: DeviceProfile, context_tokens: int, loaded: _Loaded) -> None:
+    def __init__(self, manifest: Manifest, profile: DeviceProfile, plan: MemoryPlan, loaded: Loaded) -> None:
         """Made by `load`."""
         self.manifest = manifest
         self.profile = profile
-        self.context_tokens = context_tokens
-        self._loaded: _Loaded | None = loaded
+        self.plan = plan
+        self.context_tokens = plan.context_tokens
+        self._loaded: Loaded | None = loaded
         self._process = os.getpid()
         self._claim_lock = threading.Lock()
         self._step_lock = threading.Lock()
@@ -70,9 +49,14 @@ class Runtime:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, profile: str | Path | DeviceProfile = "laptop", memory_budget: int | str | None = None
+        cls,
+        path: str | Path,
+        *,
+        profile: str | Path | DeviceProfile = "laptop",
+        memory_budget: int | str | None = None,
+        context_tokens: int | None = None,
     ) -> Self:
-        """Opens an artifact within the memory that the profile grants.
+        """Opens an artifact within the memory that the profile grants: what it takes is planned before it is loaded.
 
         Every file is checked against the manifest; digests are computed when a file is first seen or has changed. The
         first load, and once a day a later one, measures for a part of a second what drafting costs on this machine.
@@ -82,29 +66,26 @@ class Runtime:
             path: an artifact folder, as `edge-export` makes it
             profile: a built-in profile's name, a TOML file or a profile
             memory_budget: anonymous memory to stay within, in bytes or as "2 GiB", instead of the profile's
+            context_tokens: tokens of context that must fit; None for as many as do, up to the profile's
 
         Raises:
             ArtifactError: a file is damaged, missing or of another version.
             DestinationError: a portable copy is needed and cannot be made.
-            MemoryBudgetError: the budget leaves no room for a context.
-            ProfileError: the profile is unknown or not usable.
+            MemoryBudgetError: the budget leaves no room for the context; names what would fit.
+            ProfileError: the profile is unknown or not usable, or its KV rows are none that the graphs can read.
             InferenceError: the model does not run.
         """
+        keep_large_blocks_apart()
         folder = Path(path)
         device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
         manifest = read_manifest(folder)
         if manifest.layout == "native" and (reason := native.unusable_because()):
+            choose_kv_dtype(device, "portable", reason)  # before a copy is made in vain
             folder = portable_copy(folder, manifest, reason)
             manifest = read_manifest(folder)
-        context_tokens = context_that_fits(manifest, device, budget_bytes(device, memory_budget))
-        if manifest.layout == "native":  # else the sessions read all weights once and keep them repacked
-            check_files(folder, manifest)
-            read_ahead([folder / name for name in sorted({matrix.file for matrix in manifest.matrices})])
-        verify_digests(folder, manifest, cache=user_cache_folder())
-        loaded = _open(folder, manifest, device, context_tokens)
-        if device.num_draft_tokens > 0:
-            loaded.costs = _step_costs(folder, loaded, device)
-        return cls(manifest, device, context_tokens, loaded)
+        budget = budget_bytes(device, memory_budget)
+        plan = plan_memory(manifest, device, budget, context_tokens=context_tokens, model=folder.resolve().name)
+        return cls(manifest, device, plan, load_planned(folder, manifest, device, plan))
 
     def generate(
         self,
@@ -117,6 +98,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         num_draft_tokens: int | None = None,
+        context_policy: ContextPolicy = "stop",
     ) -> Generation:
         """Generates until an end-of-sequence token, a stop string, `max_tokens` or the end of the context.
 
@@ -127,6 +109,12 @@ class Runtime:
             prompt: text, before which BOS is put, or token ids, taken as they are
             num_draft_tokens: so many drafts of the drafter in every round, 0 for none; None for as many, of the drafter
                 or of what the text repeats, as pay by what stood so far, up to the profile's number
+            context_policy: what happens where the context is full. "stop": the generation ends. "slide": the oldest
+                turns of a chat are dropped, and what remains is prefilled again, so that the text goes on as that of
+                the shortened conversation. The system's turn stays, and all from the last user turn on. So many turns
+                go that there is room for `max_tokens` or a quarter of the context, whichever is less, or else as much
+                as there can be; the same for a prompt that leaves less room than that. Where nothing more can be
+                dropped, as in plain text, the generation ends.
 
         Raises:
             RequestError: the prompt or an option cannot be served.
@@ -143,6 +131,7 @@ class Runtime:
             seed=seed,
             stop=stop,
             num_draft_tokens=num_draft_tokens,
+            context_policy=context_policy,
         )
         return stream.finish()
 
@@ -157,6 +146,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         num_draft_tokens: int | None = None,
+        context_policy: ContextPolicy = "stop",
     ) -> GenerationStream:
         """As `generate`, but yields pieces of text as they become certain; its `generation` holds the result.
 
@@ -165,14 +155,19 @@ class Runtime:
         """
         loaded = self._open_or_raise()
         prompt_ids = self._prompt_ids(loaded, prompt)
+        sliding = sliding_of(context_policy, prompt_ids, loaded.template, loaded.tokenizer, self.context_tokens)
+        room = room_in_context(len(prompt_ids), self.context_tokens, sliding)
+        wanted = _token_limit(max_tokens)
         params = self._sampling_params(temperature, top_p, top_k)
         request = Request(
             prompt_ids=prompt_ids,
-            max_tokens=self._token_limit(len(prompt_ids), max_tokens),
+            max_tokens=room if wanted is None else min(wanted, room),
             params=params,
             num_draft_tokens=self._num_draft_tokens(num_draft_tokens),
             prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
             costs=loaded.costs if num_draft_tokens is None else None,
+            sliding=sliding,
+            fills_context=wanted is None or wanted > room,
         )
         if seed is not None and (type(seed) is not int or seed < 0):
             raise RequestError(f"seed is {reprlib.repr(seed)}, expected an integer >= 0")
@@ -191,6 +186,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         num_draft_tokens: int | None = None,
+        context_policy: ContextPolicy = "stop",
     ) -> Generation:
         """Renders messages ({"role", "content"}) with the checkpoint's chat template and generates the answer.
 
@@ -205,6 +201,7 @@ class Runtime:
             seed=seed,
             stop=stop,
             num_draft_tokens=num_draft_tokens,
+            context_policy=context_policy,
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -285,13 +282,13 @@ class Runtime:
                 "load it in the child, or start children with the spawn method"
             )
 
-    def _open_or_raise(self) -> _Loaded:
+    def _open_or_raise(self) -> Loaded:
         self._check_process()
         if self._loaded is None:
             raise ClosedError("the runtime is closed; load the artifact again")
         return self._loaded
 
-    def _prompt_ids(self, loaded: _Loaded, prompt: str | Sequence[int]) -> list[int]:
+    def _prompt_ids(self, loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             prompt = loaded.tokenizer.encode(prompt, add_bos=True) if prompt else []
         elif isinstance(prompt, np.ndarray):
@@ -301,20 +298,7 @@ class Runtime:
         ids = [_token_id(value, place, self.manifest.model.vocab_size) for place, value in enumerate(prompt)]
         if not ids:
             raise RequestError("the prompt is empty; pass at least one token")
-        if len(ids) >= self.context_tokens:
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, the context holds {self.context_tokens:,} and needs room for one "
-                "more; shorten the prompt or load with a larger context or memory budget"
-            )
         return ids
-
-    def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        room = self.context_tokens - num_prompt_tokens
-        if max_tokens is None:
-            return room
-        if type(max_tokens) is not int or max_tokens < 1:
-            raise RequestError(f"max_tokens is {reprlib.repr(max_tokens)}, expected an integer >= 1")
-        return min(max_tokens, room)
 
     def _sampling_params(self, temperature: float | None, top_p: float | None, top_k: int | None) -> SamplingParams:
         defaults = self.manifest.generation
@@ -332,61 +316,18 @@ class Runtime:
         if type(num_draft_tokens) is not int or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
             found = reprlib.repr(num_draft_tokens)
             raise RequestError(f"num_draft_tokens is {found}, expected an integer 0-{MAX_DRAFT_TOKENS}")
+        if num_draft_tokens and not self.profile.num_draft_tokens:
+            raise RequestError(
+                f"num_draft_tokens is {num_draft_tokens}, profile {self.profile.name} grants 0, so no drafter was "
+                "loaded; load with a profile that grants more"
+            )
         return num_draft_tokens
 
 
-def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> _Loaded:
-    model, layout = manifest.model, manifest.layout
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", bos_token_id=model.bos_token_id)
-    template = _chat_template(folder, manifest, tokenizer)
-    target = TargetModel(
-        _open_graph(folder / DECODER, profile, layout, decoder_signature(model, layout)),
-        model,
-        KVCache(model, layout, max_tokens=context_tokens, max_new_tokens=max_new_tokens(profile)),
-        RowTable(folder, manifest.token_table),
-        RowTable(folder, manifest.ple_table),
-        layout,
-    )
-    drafter = None
-    if manifest.drafter is not None:
-        session = _open_graph(folder / DRAFTER, profile, layout, drafter_signature(manifest.drafter, layout))
-        drafter = DrafterModel(session, manifest.drafter, target)
-    return _Loaded(target, drafter, tokenizer, template)
-
-
-def _step_costs(folder: Path, loaded: _Loaded, profile: DeviceProfile) -> StepCosts:
-    """What rounds cost on this machine: remembered, or measured now."""
-    target, drafter, cache = loaded.target, loaded.drafter, user_cache_folder()
-    record = costs_record(cache, folder / "manifest.json", profile.num_threads) if cache is not None else None
-    if record is not None and (costs := recall_costs(record, has_drafter=drafter is not None)) is not None:
-        return costs
-    try:
-        costs = measure_step_costs(target, drafter, target.model.bos_token_id, target.cache.max_tokens)
-    except InferenceError:
-        loaded.close()
-        raise
-    target.cache.clear()
-    if record is not None and (costs.draft_seconds is None) == (drafter is None):
-        remember_costs(record, costs)
-    return costs
-
-
-def _open_graph(path: Path, profile: DeviceProfile, layout: Layout, signature: Signature) -> ort.InferenceSession:
-    session = open_session(path, profile, layout)
-    check_signature(path, session, signature)
-    return session
-
-
-def _chat_template(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:
-    path = folder / "chat_template.jinja"
-    if path.name not in manifest.files:
-        return None
-    bos, eos = manifest.model.bos_token_id, manifest.generation["eos_token_ids"][0]
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: not UTF-8 at byte {error.start:,}; re-export the model") from error
-    return ChatTemplate(source, {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(eos)})
+def _token_limit(max_tokens: int | None) -> int | None:
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise RequestError(f"max_tokens is {reprlib.repr(max_tokens)}, expected an integer >= 1")
+    return max_tokens
 
 
 def _token_id(value: Any, place: int, vocab_size: int) -> int:

@@ -12,6 +12,11 @@ ValueError
     └── InferenceError       the model produced no usable numbers
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.memory_plan import MemoryPlan
+
 
 class EdgeError(ValueError):
     """Base of every error that is a user's to see."""
@@ -34,7 +39,11 @@ class RequestError(EdgeError):
 
 
 class MemoryBudgetError(EdgeError):
-    """The memory budget is below what the model needs."""
+    """The memory budget is below what the model needs; `plan` says what it needs, where the model was planned."""
+
+    def __init__(self, message: str, plan: "MemoryPlan | None" = None) -> None:
+        super().__init__(message)
+        self.plan = plan
 
 
 class BusyError(EdgeError):

@@ -22,6 +22,7 @@ from runtime.sampling import (
     verify_sampled,
 )
 from runtime.target import Forward
+from runtime.turns import Sliding
 
 
 class Target(Protocol):
@@ -35,12 +36,17 @@ class Target(Protocol):
         """Forgets the last tokens."""
         ...
 
+    def clear(self) -> None:
+        """Forgets every token."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be generated; `max_tokens` already fits the context.
+    """What is to be generated; `max_tokens` already fits the context, with `sliding` once all is dropped that may be.
 
     With `costs` as many tokens are drafted as pay, `num_draft_tokens` at most; without, so many in every round.
+    `fills_context` says that more would have been generated, had the context held it.
     """
 
     prompt_ids: Sequence[int]
@@ -49,6 +55,8 @@ class Request:
     num_draft_tokens: int
     prefill_chunk_tokens: int
     costs: StepCosts | None = None
+    sliding: Sliding | None = None
+    fills_context: bool = False
 
 
 def generate_blocks(
@@ -61,51 +69,80 @@ def generate_blocks(
 ) -> Iterator[list[int]]:
     """Yields the token ids of each step, `max_tokens` in all; ends early where `cancelled` says so.
 
+    Where the context is full and turns may be dropped, the rest goes on as a generation whose prompt is the kept turns
+    and all that was generated. How many tokens that is in does not depend on drafts.
+
     Raises:
         InferenceError: the target produced NaN or infinite logits, or its session failed.
     """
-    # prefill
-    forward = _prefill(target, request, cancelled)
-    if forward is None:
-        return
-    verdict = _verify([], forward, request.params, rng, step=0)
-    block = [verdict.next_token_id]
-    hidden = forward.hidden[-1]
-    num_left = request.max_tokens - 1
-    yield block
-
-    # decode
-    drafting = _drafting(LastingDrafter(drafter, request.params, rng, counts, cancelled), request, block)
-    while num_left > 0 and not cancelled():
-        drafts = drafting.propose(block[-1], hidden, num_left - 1)
-        if cancelled():
+    drafting = _drafting(LastingDrafter(drafter, request.params, rng, counts, cancelled), request)
+    generated: list[int] = []
+    step = 0
+    while len(generated) < request.max_tokens:
+        # prefill
+        token_ids, end = _fitted(request, generated, counts)
+        if generated:
+            target.clear()
+        forward = _prefill(target, token_ids, request.prefill_chunk_tokens, cancelled)
+        if forward is None:
             return
-        draft_ids = [draft.token_id for draft in drafts]
-        forward = target.forward([block[-1], *draft_ids], num_kept=len(draft_ids) + 1)
-        verdict = _verify(drafts, forward, request.params, rng, step=counts.num_verify_steps + 1)
-        num_accepted = verdict.num_accepted
-        target.trim(len(draft_ids) - num_accepted)
-        block = [*draft_ids[:num_accepted], verdict.next_token_id]
-        counts.count(len(draft_ids), num_accepted, drafting.observe(block, num_accepted))
-        hidden = forward.hidden[num_accepted]
-        num_left -= len(block)
+        counts.num_prefilled_tokens += len(token_ids)
+        block = [_verify([], forward, request.params, rng, step).next_token_id]
+        hidden = forward.hidden[-1]
+        generated += block
         yield block
 
+        # decode
+        drafting.begin([*token_ids, *block])
+        while len(generated) < end and not cancelled():
+            drafts = drafting.propose(block[-1], hidden, end - len(generated) - 1)
+            if cancelled():
+                return
+            draft_ids = [draft.token_id for draft in drafts]
+            forward = target.forward([block[-1], *draft_ids], num_kept=len(draft_ids) + 1)
+            verdict = _verify(drafts, forward, request.params, rng, step := step + 1)
+            num_accepted = verdict.num_accepted
+            target.trim(len(draft_ids) - num_accepted)
+            block = [*draft_ids[:num_accepted], verdict.next_token_id]
+            counts.count(len(draft_ids), num_accepted, drafting.observe(block, num_accepted))
+            hidden = forward.hidden[num_accepted]
+            generated += block
+            yield block
+        if cancelled():
+            return
+        step += 1
 
-def _drafting(drafter: LastingDrafter, request: Request, first_block: Sequence[int]) -> Drafting:
+
+def _fitted(request: Request, generated: Sequence[int], counts: DraftCounts) -> tuple[list[int], int]:
+    """What is prefilled now, without turns that there is no room for, and how many tokens are then generated in all.
+
+    Those are `max_tokens`, or as many as fill the context again.
+    """
+    if (sliding := request.sliding) is None:
+        return list(request.prompt_ids), request.max_tokens
+    num_tokens, num_left = len(request.prompt_ids) + len(generated), request.max_tokens - len(generated)
+    num_dropped = sliding.num_dropped(num_tokens, num_left)
+    counts.num_slides += num_dropped > counts.num_dropped_tokens
+    counts.num_dropped_tokens = num_dropped
+    token_ids = [*sliding.kept(request.prompt_ids, num_dropped), *generated]
+    return token_ids, len(generated) + min(num_left, sliding.context_tokens - len(token_ids))
+
+
+def _drafting(drafter: LastingDrafter, request: Request) -> Drafting:
     if request.costs is None:
         return FixedDrafting(drafter, request.num_draft_tokens)
-    token_ids = [*request.prompt_ids, *first_block]
-    return AdaptiveDrafting(drafter, token_ids, request.num_draft_tokens, request.costs, request.params)
+    return AdaptiveDrafting(drafter, request.num_draft_tokens, request.costs, request.params)
 
 
-def _prefill(target: Target, request: Request, cancelled: Callable[[], bool]) -> Forward | None:
-    """Feeds the prompt in chunks; the results of its last token, or None where it was cancelled."""
+def _prefill(
+    target: Target, token_ids: Sequence[int], chunk_tokens: int, cancelled: Callable[[], bool]
+) -> Forward | None:
+    """Feeds the tokens in chunks; the results of the last one, or None where it was cancelled."""
     forward = None
-    for start in range(0, len(request.prompt_ids), request.prefill_chunk_tokens):
+    for start in range(0, len(token_ids), chunk_tokens):
         if cancelled():
             return None
-        forward = target.forward(request.prompt_ids[start : start + request.prefill_chunk_tokens], num_kept=1)
+        forward = target.forward(token_ids[start : start + chunk_tokens], num_kept=1)
     return forward
 
 

@@ -1,25 +1,23 @@
 """Keys and values of the layers that own them, in plain memory that sessions write and read in place.
 
-Each KV head of a layer has one array [capacity, head_dim] for keys and one for values. Full layers' arrays grow in
-steps; sliding layers' hold a window and are compacted when they run full. The layout decides the arrays' type. Knows
-nothing of sessions.
+Each KV head of a layer has one array of rows for keys and one for values. Every array is reserved for its last row at
+once and never moves: full layers' for the whole context, sliding layers' for a window, compacted when they run full.
+The system provides a page when its first row is written, so memory follows the tokens. Knows nothing of sessions and
+of what a row holds.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime.errors import RequestError
-from runtime.layout import Layout
+from runtime.kv_rows import KVDtype, Rows, row_bytes
 from runtime.model_config import AttentionKind, ModelConfig
-from runtime.signature import KV_DTYPES, kv_view_names
+from runtime.reserved_memory import ReservedMemory, whole_pages
+from runtime.signature import kv_view_names
 
-GROWTH_TOKENS = 512
-
-Rows = npt.NDArray[np.floating[Any]]
+KEPT_TOKENS = 512  # whose rows `clear` keeps, so that short conversations do not fetch the same pages again and again
 
 
 class Span(NamedTuple):
@@ -32,47 +30,71 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class _Kind:
-    """Arrays of one attention kind; row 0 holds the token at `first_position`."""
+    """Arrays of one attention kind; row 0 holds the token at `first_position`, rows [0, num_written) have memory."""
 
-    arrays: dict[str, Rows]
     capacity: int
+    arrays: dict[str, Rows] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)  # of the arrays in the reserved memory
     first_position: int = 0
+    num_written: int = 0
 
 
 class KVCache:
     """KV rows of the tokens at positions [0, num_tokens).
 
-    Laws: append then trim equals never appended; `nbytes` is the sum of the arrays.
+    Laws: append then trim equals never appended; cleared equals new; `nbytes` follows the tokens, not `max_tokens`.
     """
 
-    def __init__(self, model: ModelConfig, layout: Layout, *, max_tokens: int, max_new_tokens: int) -> None:
+    def __init__(self, model: ModelConfig, kv_dtype: KVDtype, *, max_tokens: int, max_new_tokens: int) -> None:
         """An empty cache.
 
         Args:
-            layout: of the graphs that read and write it
-            max_tokens: positions it may ever hold
+            max_tokens: positions it may ever hold, for which addresses are reserved
             max_new_tokens: the most tokens one forward appends
+
+        Raises:
+            MemoryBudgetError: the system does not grant the addresses.
         """
+        self.kv_dtype = kv_dtype
         self.max_tokens = max_tokens
         self.num_tokens = 0
-        self.arrays_version = 0  # another one whenever `arrays` yields other memory
         self._num_trimmable = 0  # rows of earlier appends may be gone from the sliding arrays
         # the drafter sees one row more than the window
         self._kept_tokens = model.sliding_window + 1
-        sliding_capacity = self._kept_tokens + max_new_tokens
-        self._kinds: dict[AttentionKind, _Kind] = {
-            "full": _Kind(_arrays(model, layout, "full", 0), 0),
-            "sliding": _Kind(_arrays(model, layout, "sliding", sliding_capacity), sliding_capacity),
-        }
         self._window = model.sliding_window
+        self._kinds: dict[AttentionKind, _Kind] = {
+            "full": _Kind(max_tokens),
+            "sliding": _Kind(self._kept_tokens + max_new_tokens),
+        }
+        self._memory = self._reserve(model)
+
+    def _reserve(self, model: ModelConfig) -> ReservedMemory:
+        """Lays the arrays out one behind the other, each from a page's begin on."""
+        shapes, end = {}, 0
+        for index in model.owned_layers:
+            layer = model.layers[index]
+            kind = self._kinds[layer.kind]
+            for name in kv_view_names(index, layer):
+                kind.places[name] = end
+                shapes[name] = kind.capacity, row_bytes(layer.head_dim, self.kv_dtype)
+                end += whole_pages(math.prod(shapes[name]))
+        memory = ReservedMemory(end)
+        for kind in self._kinds.values():
+            for name, place in kind.places.items():
+                kind.arrays[name] = memory.array[place : place + math.prod(shapes[name])].reshape(shapes[name])
+        return memory
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for kind in self._kinds.values() for array in kind.arrays.values())
+        """Bytes of the pages that rows written so far occupy."""
+        return sum(
+            whole_pages(kind.num_written * array.shape[1])
+            for kind in self._kinds.values()
+            for array in kind.arrays.values()
+        )
 
     def arrays(self) -> Iterator[tuple[AttentionKind, str, Rows]]:
-        """(kind, graph input name, array) of each KV head's keys and values."""
+        """(kind, graph input name, rows as bytes) of each KV head's keys and values; the same memory at any time."""
         for name, kind in self._kinds.items():
             for view_name, array in kind.arrays.items():
                 yield name, view_name, array
@@ -82,10 +104,11 @@ class KVCache:
         needed = self.num_tokens + num_new
         if needed > self.max_tokens:
             raise RequestError(f"context: {needed:,} tokens are needed, {self.max_tokens:,} fit; shorten the prompt")
-        self._grow_full(needed)
         sliding = self._kinds["sliding"]
         if needed - sliding.first_position > sliding.capacity:
             self._compact(sliding)
+        for kind in self._kinds.values():
+            kind.num_written = max(kind.num_written, needed - kind.first_position)
 
     def append(self, num_new: int) -> None:
         """Declares the rows behind the last token as valid."""
@@ -99,10 +122,15 @@ class KVCache:
         self._num_trimmable -= num_tokens
 
     def clear(self) -> None:
-        """Forgets every token and keeps the memory."""
+        """Forgets every token, and gives back the memory of full layers' rows but for the first `KEPT_TOKENS`."""
         self.num_tokens = self._num_trimmable = 0
-        for kind in self._kinds.values():
-            kind.first_position = 0
+        self._kinds["sliding"].first_position = 0
+        full = self._kinds["full"]
+        num_kept = min(full.num_written, KEPT_TOKENS)
+        for name, array in full.arrays.items():
+            kept, written = (whole_pages(num_rows * array.shape[1]) for num_rows in (num_kept, full.num_written))
+            self._memory.release(full.places[name] + kept, full.places[name] + written)
+        full.num_written = num_kept
 
     def append_span(self, kind: AttentionKind, num_new: int) -> Span:
         """Rows that a forward of `num_new` tokens may see, its own included."""
@@ -121,17 +149,6 @@ class KVCache:
         position = 0 if kind == "full" else max(earliest, first)
         return Span(position - first, stop - first, position)
 
-    def _grow_full(self, needed: int) -> None:
-        full = self._kinds["full"]
-        if needed <= full.capacity:
-            return
-        self.arrays_version += 1
-        full.capacity = min(self.max_tokens, -(-needed // GROWTH_TOKENS) * GROWTH_TOKENS)
-        for name, old in full.arrays.items():
-            grown = np.empty((full.capacity, old.shape[1]), old.dtype)
-            grown[: self.num_tokens] = old[: self.num_tokens]
-            full.arrays[name] = grown
-
     def _compact(self, kind: _Kind) -> None:
         """Moves the rows that may still be seen to the front."""
         first = max(0, self.num_tokens - self._kept_tokens)
@@ -141,26 +158,16 @@ class KVCache:
         kind.first_position = first
 
 
-def _arrays(model: ModelConfig, layout: Layout, kind: AttentionKind, capacity: int) -> dict[str, Rows]:
-    return {
-        name: np.empty((capacity, model.layers[layer].head_dim), KV_DTYPES[layout])
-        for layer in model.owned_layers
-        if model.layers[layer].kind == kind
-        for name in kv_view_names(layer, model.layers[layer])
-    }
-
-
-def full_bytes_per_token(model: ModelConfig, layout: Layout) -> int:
+def full_bytes_per_token(model: ModelConfig, kv_dtype: KVDtype) -> int:
     """Bytes that each token adds to the full layers' arrays."""
-    return _row_bytes(model, layout, "full")
+    return _row_bytes(model, kv_dtype, "full")
 
 
-def sliding_bytes(model: ModelConfig, layout: Layout, max_new_tokens: int) -> int:
-    """Bytes of the sliding layers' arrays, whatever the context."""
-    return _row_bytes(model, layout, "sliding") * (model.sliding_window + 1 + max_new_tokens)
+def sliding_bytes(model: ModelConfig, kv_dtype: KVDtype, max_new_tokens: int) -> int:
+    """Bytes of the sliding layers' arrays once they are full, whatever the context."""
+    return _row_bytes(model, kv_dtype, "sliding") * (model.sliding_window + 1 + max_new_tokens)
 
 
-def _row_bytes(model: ModelConfig, layout: Layout, kind: AttentionKind) -> int:
+def _row_bytes(model: ModelConfig, kv_dtype: KVDtype, kind: AttentionKind) -> int:
     owners = (model.layers[layer] for layer in model.owned_layers)
-    num_values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in owners if layer.kind == kind)
-    return num_values * KV_DTYPES[layout].itemsize
+    return sum(2 * layer.num_kv_heads * row_bytes(layer.head_dim, kv_dtype) for layer in owners if layer.kind == kind)

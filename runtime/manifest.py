@@ -61,7 +61,7 @@ __all__ = [
     "verify_digests",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TOKENIZER = "tokenizer.json"
 
 _MAX_MANIFEST_BYTES = 16 * 2**20

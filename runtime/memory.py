@@ -1,12 +1,11 @@
 """Memory of this process, split by what the system can take back: mapped pages yes, anonymous ones no.
 
-Source: https://docs.kernel.org/filesystems/proc.html, RssAnon, RssFile and RssShmem of /proc/self/status.
+Source: https://docs.kernel.org/filesystems/proc.html, RssAnon, RssFile and RssShmem of /proc/self/status; mallopt(3).
 """
 
 import ctypes
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,11 @@ from pathlib import Path
 import psutil
 
 _STATUS = Path("/proc/self/status")
+# Tensors of a decode step, up to 17 tokens, are smaller: mapping them anew in every step would cost page faults.
+LARGE_BLOCK_BYTES = 1 << 20
+KEPT_FREE_BYTES = 8 << 20  # of the heap, which would shrink and grow in every step otherwise
+# of malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +60,27 @@ def memory_usage() -> MemoryUsage:
 
 def release_free_memory() -> None:
     """Gives the heap's free pages back to the system, which glibc keeps; nothing where the C library is another."""
-    if trim := _malloc_trim():
-        trim(0)
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def keep_large_blocks_apart() -> None:
+    """Makes glibc map blocks of 1 MiB and more each for itself, for the whole process; nothing elsewhere.
+
+    By itself it takes blocks of up to 32 MiB from its heap once one of their size has been freed. Those of a prefill
+    leave holes there: in E2B its peak is 251 MiB so, and 202 MiB with mappings.
+    """
+    if libc := _glibc():
+        libc.mallopt(_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, KEPT_FREE_BYTES)
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        library = ctypes.CDLL(None)
     except OSError:  # a static interpreter loads nothing
         return None
-    return trim
+    return library if hasattr(library, "malloc_trim") else None

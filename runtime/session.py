@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from profiles import DeviceProfile
+from profiles import DeviceProfile, threads_of
 from runtime import native
-from runtime.errors import ArtifactError, InferenceError, RequestError
+from runtime.errors import ArtifactError, InferenceError
 from runtime.layout import Layout
 from runtime.signature import Signature
 
@@ -27,10 +27,9 @@ def open_session(path: Path, profile: DeviceProfile, layout: Layout = "portable"
 
     Raises:
         ArtifactError: ONNX Runtime refuses the graph.
-        RequestError: the profile does not grant the CPU.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = profile.num_threads
+    options.intra_op_num_threads = threads_of(profile)
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures come as exceptions, once
     # one plan is kept for every length of the KV cache otherwise: measured 13 KiB a token on 8 layers, never freed
@@ -39,11 +38,6 @@ def open_session(path: Path, profile: DeviceProfile, layout: Layout = "portable"
     options.enable_cpu_mem_arena = layout != "native"
     # threads of one session would go on spinning on the cores that the other one is about to use
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if CPU not in profile.providers:
-        raise RequestError(
-            f"profile {profile.name} asks for {', '.join(profile.providers)}; this version runs on {CPU} alone, "
-            "add it to the profile's providers or choose another profile"
-        )
     try:
         if layout == "native":
             options.register_custom_ops_library(str(native.library_path()))
@@ -82,7 +76,7 @@ def _size(size: int | None) -> str:
 
 
 class Binding:
-    """Inputs and outputs of runs, bound by address; keeps all arrays alive but those of the KV cache."""
+    """Inputs and outputs of runs, bound by address; keeps the arrays alive."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
@@ -92,10 +86,6 @@ class Binding:
     def input(self, name: str, array: Array) -> None:
         """Binds a contiguous array as an input."""
         self._arrays.append(array)
-        self.cache_input(name, array)
-
-    def cache_input(self, name: str, array: Array) -> None:
-        """Binds an array that the KV cache keeps alive: a binding that lasts must not hold what the cache outgrew."""
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def output(self, name: str, array: Array, shape: Sequence[int] | None = None) -> None:

@@ -14,7 +14,8 @@ decoder.onnx
       native only
              full_rows, sliding_rows  int64   [3]     first row that a token may see, end of the new rows, and the
                                                       position of the first
-             keys_L_H, values_L_H     float16 [capacity, head_dim]            whole arrays, written in place
+             keys_L_H, values_L_H     uint8   [capacity, row_bytes]           whole arrays, written in place; a row's
+                                                      size tells its type, see `runtime.kv_rows`
     outputs  logits             float32 [num_kept, vocab_size]
              hidden             float32 [num_kept, hidden_size]               after the final norm
       portable only
@@ -37,21 +38,13 @@ embed.onnx
     outputs  inputs_embeds, per_layer_inputs   as decoder.onnx takes them
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from runtime.layout import Layout
 from runtime.model_config import AttentionKind, DrafterConfig, LayerConfig, ModelConfig
 
 MAX_TOP_LOGITS = 128
-
-# of the KV arrays: the native ops compute in float32 whatever they read, stock ONNX Runtime in the type that it reads
-KV_DTYPES: dict[Layout, np.dtype[np.floating[Any]]] = {
-    "portable": np.dtype(np.float32),
-    "native": np.dtype(np.float16),
-}
 
 
 class Signature(NamedTuple):
@@ -63,11 +56,7 @@ class Signature(NamedTuple):
 
 def decoder_signature(model: ModelConfig, layout: Layout = "portable") -> Signature:
     """Of decoder.onnx."""
-    views = {
-        name: model.layers[index].head_dim
-        for index in model.owned_layers
-        for name in kv_view_names(index, model.layers[index])
-    }
+    views = _kv_views({index: model.layers[index] for index in model.owned_layers}, layout)
     inputs = {
         "inputs_embeds": model.hidden_size,
         "per_layer_inputs": len(model.layers) * model.ple_size,
@@ -86,12 +75,21 @@ def decoder_signature(model: ModelConfig, layout: Layout = "portable") -> Signat
 def drafter_signature(drafter: DrafterConfig, layout: Layout = "portable") -> Signature:
     """Of drafter.onnx."""
     layers = drafter.layers
-    views = {name: layer.head_dim for layer in layers for name in kv_view_names(layer.kv_source, layer)}
+    views = _kv_views({layer.kv_source: layer for layer in layers}, layout)
     inputs = {"inputs_embeds": 2 * drafter.backbone_hidden_size, "position_ids": 1, **views}
     if layout == "native":
         inputs |= _rows_inputs(layers)
     outputs = {"candidate_logits": drafter.num_candidates, "projected_state": drafter.backbone_hidden_size}
     return Signature(inputs, outputs | ({"candidate_ids": drafter.num_candidates} if drafter.num_centroids else {}))
+
+
+def _kv_views(sources: Mapping[int, LayerConfig], layout: Layout) -> dict[str, int]:
+    """Inputs with KV rows of the given owners; the size of a native row depends on its type."""
+    return {
+        name: layer.head_dim if layout == "portable" else 0
+        for index, layer in sources.items()
+        for name in kv_view_names(index, layer)
+    }
 
 
 def _rows_inputs(layers: Iterable[LayerConfig]) -> dict[str, int]:

@@ -18,10 +18,17 @@ class GenerationStats:
     Verify steps are counted by where their drafts came from. `drafted_histogram[n]` counts those with n drafts,
     `accepted_histogram[n]` those where n stood; `acceptance_by_position[i]` is the share of drafts i that stood where
     all before did. `step_costs` are those by which the lengths were chosen, None where the length was given.
+
+    `num_slides` counts how often the oldest turns of the prompt were dropped, before the first token or where the
+    context was full, and `num_dropped_tokens` what they held. `num_prompt_tokens` is of the whole prompt,
+    `num_prefilled_tokens` of what was prefilled, behind a slide anew.
     """
 
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_prefilled_tokens: int
+    num_slides: int
+    num_dropped_tokens: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     time_to_first_token_ms: float
@@ -49,37 +56,42 @@ class StatsRecorder:
         self.counts = DraftCounts()
         self._costs = costs
         self._num_prompt_tokens = num_prompt_tokens
-        self._num_tokens = 0
+        self._num_prefilled = self._num_decoded = 0
+        self._prefill_seconds = self._decode_seconds = self._first_seconds = 0.0
         self._peak = PeakMemory()
-        self._start = time.perf_counter()
-        self._first = self._last = self._start
-        self._next_sample = self._start
+        self._last = self._next_sample = time.perf_counter()
 
     def step(self, num_tokens: int) -> None:
-        """Notes that a step has yielded tokens."""
-        self._last = time.perf_counter()
-        if self._num_tokens == 0:
-            self._first = self._last
-        self._num_tokens += num_tokens
-        if self._last >= self._next_sample:
+        """Notes that a step has yielded tokens; it was a prefill where the counts say so."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self.counts.num_prefilled_tokens > self._num_prefilled:
+            self._first_seconds = self._first_seconds or seconds
+            self._prefill_seconds += seconds
+            self._num_prefilled = self.counts.num_prefilled_tokens
+        else:
+            self._decode_seconds += seconds
+            self._num_decoded += num_tokens
+        if now >= self._next_sample:
             self._peak.sample()
-            self._next_sample = self._last + SAMPLE_SECONDS
+            self._next_sample = now + SAMPLE_SECONDS
 
     def finish(self, num_generated_tokens: int) -> GenerationStats:
         """The figures; `num_generated_tokens` leaves out what followed a stop."""
-        counts, prefill_seconds = self.counts, self._first - self._start
-        decode_seconds = self._last - self._first
         self._peak.sample()
         return GenerationStats(
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=num_generated_tokens,
-            prefill_tokens_per_second=_rate(self._num_prompt_tokens, prefill_seconds),
-            decode_tokens_per_second=_rate(self._num_tokens - 1, decode_seconds),
-            time_to_first_token_ms=prefill_seconds * 1e3,
+            num_prefilled_tokens=self._num_prefilled,
+            num_slides=self.counts.num_slides,
+            num_dropped_tokens=self.counts.num_dropped_tokens,
+            prefill_tokens_per_second=_rate(self._num_prefilled, self._prefill_seconds),
+            decode_tokens_per_second=_rate(self._num_decoded, self._decode_seconds),
+            time_to_first_token_ms=self._first_seconds * 1e3,
             peak_anonymous_bytes=self._peak.usage.anonymous_bytes,
             peak_mapped_bytes=self._peak.usage.mapped_bytes,
             step_costs=self._costs,
-            **_draft_figures(counts),
+            **_draft_figures(self.counts),
         )
 
 

@@ -26,13 +26,15 @@ class Generation:
     """A finished generation.
 
     `token_ids` holds what was generated, an end-of-sequence token included; `text` has neither special tokens nor the
-    stop string. `finish_reason` is "stop" (end of sequence or stop string), "length" or "cancelled".
+    stop string. `finish_reason` is "stop" (end of sequence or stop string), "length" or "cancelled". "length" is both
+    `max_tokens` and the end of the context; `context_full` is true where it was the context.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     stats: GenerationStats
+    context_full: bool = False
 
 
 class Host(Protocol):
@@ -166,7 +168,8 @@ class GenerationRun:
                 yield piece
         finally:
             text, stats = "".join(self._emitted), recorder.finish(len(self._token_ids))
-            self.generation = Generation(text, self._token_ids, self._reason or "cancelled", stats)
+            context_full = self._reason == "length" and self._request.fills_context
+            self.generation = Generation(text, self._token_ids, self._reason or "cancelled", stats, context_full)
 
     def _next_block(self, blocks: Iterator[list[int]]) -> list[int] | None:
         """The next step's tokens; None where the generation was cancelled."""

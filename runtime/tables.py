@@ -3,6 +3,7 @@
 Reads, not a mapping: the rows of a text lie far apart, and what a mapping makes resident around each of them (a whole
 large folio of the kernel's cache, up to 2 MiB) takes longer to map and to drop again than a row takes to copy.
 So a table keeps nothing resident in this process, and a file that was cut short is an error instead of a bus error.
+What the system's cache keeps of the rows that were read is bounded too, where the system can be told to drop it.
 """
 
 import os
@@ -20,20 +21,33 @@ from runtime.panels import PANEL_ROWS, SCALE_BYTES, Bytes, Scales, code_words, p
 
 Float32 = npt.NDArray[np.float32]
 
+# The most that stays in the system's cache of a table that only single rows are read from: a few thousand E2B tokens.
+CACHED_TABLE_BYTES = 64 << 20
+PAGE_BYTES = 4096
+
 # the two weights of a byte of 4-bit codes, as one element
 _PAIRS = np.stack([np.arange(256) % 16 - 8, np.arange(256) // 16 - 8], axis=-1).astype(np.float32).view(np.uint64)[:, 0]
 
 
 class RowTable:
-    """A table [num_rows, width] in a file; `rows` looks up and multiplies."""
+    """A table [num_rows, width] in a file; `rows` looks up and multiplies.
 
-    def __init__(self, folder: Path, spec: TableSpec) -> None:
+    Args:
+        cached_bytes: the most of the file that this reader leaves in the system's cache; None where others, such as a
+            session that maps it, want it there
+    """
+
+    def __init__(self, folder: Path, spec: TableSpec, *, cached_bytes: int | None = None) -> None:
         self.spec = spec
+        self._cached_bytes = cached_bytes
+        self._num_read_bytes = 0  # whole pages, since the cache was last told to drop them
         descriptor = os.open(folder / spec.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._release = weakref.finalize(self, os.close, descriptor)  # also where nobody calls `close`
         self._file = FileIO(descriptor, closefd=False)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # neighbours are not read ahead
+        if cached_bytes is not None:
+            self._drop_cached()  # a whole file may be there, just written or checked
         if spec.layout == "native":
             self._panel = np.empty(spec.matrix.panel_bytes // 4, np.uint32).reshape(1, spec.num_blocks, -1)
 
@@ -77,10 +91,23 @@ class RowTable:
         scales[...] = panel_scales(self._panel)[0, :, row]
 
     def _read(self, offset: int, array: npt.NDArray[np.generic]) -> None:
+        if self._cached_bytes is not None:
+            self._make_room_in_cache(self._cached_bytes, offset, array.nbytes)
         self._file.seek(offset)
         if self._file.readinto(array.data) != array.nbytes:
             end = offset + array.nbytes
             raise ArtifactError(f"{self.spec.file} ends before byte {end:,}: it was cut while in use; load it again")
+
+    def _make_room_in_cache(self, most: int, offset: int, num_bytes: int) -> None:
+        num_pages = (offset % PAGE_BYTES + num_bytes - 1) // PAGE_BYTES + 1
+        if self._num_read_bytes + num_pages * PAGE_BYTES > most:
+            self._drop_cached()
+        self._num_read_bytes += num_pages * PAGE_BYTES
+
+    def _drop_cached(self) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._num_read_bytes = 0
 
 
 def dequantize_rows(codes: Bytes, scales: Scales, width: int, bits: int) -> Float32:

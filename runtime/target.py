@@ -47,12 +47,11 @@ class TargetModel:
         Raises:
             InferenceError: the session failed; the cache is as before.
         """
-        arrays_version = self.cache.arrays_version
         self.cache.make_room(len(token_ids))
         inputs_embeds, per_layer_inputs = self.token_table.rows(token_ids), self.ple_table.rows(token_ids)
         forward = self._decoder.run(inputs_embeds, per_layer_inputs, num_kept, self.run_options)
         self.cache.append(len(token_ids))
-        if len(token_ids) >= RELEASING_TOKENS or self.cache.arrays_version != arrays_version:
+        if len(token_ids) >= RELEASING_TOKENS:
             del inputs_embeds, per_layer_inputs
             release_free_memory()
         return forward
@@ -60,3 +59,7 @@ class TargetModel:
     def trim(self, num_tokens: int) -> None:
         """Forgets the last tokens, as after rejected drafts."""
         self.cache.trim(num_tokens)
+
+    def clear(self) -> None:
+        """Forgets every token."""
+        self.cache.clear()

@@ -119,7 +119,7 @@ def open_tiny(tiny_artifact: Callable[..., Path]) -> Iterator[Callable[..., Tiny
     """open_tiny(*arguments of tiny_artifact, **options of open_models): opened, cache empty."""
     opened: list[TinyModels] = []
 
-    def open_one(*artifact: object, **options: int) -> TinyModels:
+    def open_one(*artifact: object, **options: Any) -> TinyModels:
         opened.append(open_models(tiny_artifact(*artifact), **options))
         return opened[-1]
 

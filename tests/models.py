@@ -11,6 +11,7 @@ import numpy.typing as npt
 from profiles import DeviceProfile
 from runtime.drafter import DrafterModel
 from runtime.kv_cache import KVCache
+from runtime.kv_rows import choose_kv_dtype
 from runtime.manifest import Manifest, read_manifest
 from runtime.session import open_session
 from runtime.signature import rows_name
@@ -22,6 +23,7 @@ Float32 = npt.NDArray[np.float32]
 ONE_THREAD = DeviceProfile(
     name="test",
     description="one thread, whatever the machine",
+    device_memory_bytes=None,
     memory_budget_bytes=2 << 30,
     memory_fraction=None,
     providers=("CPUExecutionProvider",),
@@ -30,6 +32,11 @@ ONE_THREAD = DeviceProfile(
     context_tokens=1024,
     prefill_chunk_tokens=64,
     num_draft_tokens=3,
+    model="E2B",
+    weight_bits=4,
+    memory_gb_per_s=None,
+    int8_tops=None,
+    storage_gb_per_s=None,
 )
 
 
@@ -47,14 +54,26 @@ class TinyModels:
         self.target.ple_table.close()
 
 
-def open_models(folder: Path, *, max_tokens: int = 512, max_new_tokens: int = 128, num_threads: int = 1) -> TinyModels:
+def open_models(
+    folder: Path,
+    *,
+    max_tokens: int = 512,
+    max_new_tokens: int = 128,
+    num_threads: int = 1,
+    kv_dtype: str = "auto",
+) -> TinyModels:
     """Opens an artifact that has a drafter; nothing is verified."""
-    manifest, profile = read_manifest(folder), replace(ONE_THREAD, num_threads=num_threads)
+    manifest, profile = read_manifest(folder), replace(ONE_THREAD, num_threads=num_threads, kv_dtype=kv_dtype)
     assert manifest.drafter is not None
     target = TargetModel(
         open_session(folder / "decoder.onnx", profile, manifest.layout),
         manifest.model,
-        KVCache(manifest.model, manifest.layout, max_tokens=max_tokens, max_new_tokens=max_new_tokens),
+        KVCache(
+            manifest.model,
+            choose_kv_dtype(profile, manifest.layout),
+            max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens,
+        ),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),
         manifest.layout,
@@ -72,7 +91,7 @@ def draft_graph(models: TinyModels, artifact: Path) -> Callable[[int, Float32], 
     for kind, name, array in cache.arrays():
         span = cache.draft_span(kind)
         if name in inputs:
-            rows[name] = array if layout == "native" else array[span.start : span.stop]
+            rows[name] = array if layout == "native" else array[span.start : span.stop].view(np.float32)
         if rows_name(kind) in inputs:
             rows[rows_name(kind)] = np.array(span)
 

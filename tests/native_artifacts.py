@@ -52,7 +52,7 @@ def open_native(folder: Path, *, rounds: bool = True, max_tokens: int = 512, max
         sessions[0],
         manifest.model,
         KVCache(
-            manifest.model, "native" if rounds else "portable", max_tokens=max_tokens, max_new_tokens=max_new_tokens
+            manifest.model, "float16" if rounds else "float32", max_tokens=max_tokens, max_new_tokens=max_new_tokens
         ),
         RowTable(folder, manifest.token_table),
         RowTable(folder, manifest.ple_table),

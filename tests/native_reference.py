@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from onnx.reference.op_run import OpRun
 
+from runtime.kv_rows import KV_DTYPES, decode_rows, encode_rows, row_bytes
+
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-Rows = npt.NDArray[np.float16] | Float32  # of a KV array
+Rows = npt.NDArray[np.uint8]  # of a KV array
 
 PANEL_ROWS = 32
 PLAIN, GELU_GLU, GELU_MUL, SOFTCAP = range(4)
@@ -117,7 +119,7 @@ def rotate(heads: Float32, cos: Float32, sin: Float32) -> Float32:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(query: Float32, keys: Rows, values: Rows) -> Float32:
+def attend(query: Float32, keys: Float32, values: Float32) -> Float32:
     """softmax(query @ keys.T) @ values of one query [head_dim] over the rows it sees."""
     scores = (keys * query).sum(-1, dtype=np.float32)
     weights = np.exp(scores - scores.max())
@@ -177,7 +179,7 @@ class Rotary(OpRun):
 
 
 class CachedAttention(OpRun):
-    """New rows are rounded to the KV arrays' type, and attended to as they are there."""
+    """New rows are rounded to the KV rows' type, which their size tells, and attended to as they are there."""
 
     op_domain = "edge"
 
@@ -192,17 +194,20 @@ class CachedAttention(OpRun):
         if len(norms) == 2:
             new_keys, new_values = np.split(heads[:, self.num_heads :], 2, axis=1)
             new_keys = rotate(rms(new_keys, self.epsilon) * norms[1], cos, sin)
-            with np.errstate(over="ignore"):  # beyond float16 is infinity
-                for head in range(self.num_kv_heads):
-                    keys[head][stop - num_rows : stop] = new_keys[:, head]
-                    values[head][stop - num_rows : stop] = rms(new_values[:, head], self.epsilon)
+            kv_dtype = next(dtype for dtype in KV_DTYPES if keys[0].shape[1] == row_bytes(norms.shape[1], dtype))
+            for head in range(self.num_kv_heads):
+                keys[head][stop - num_rows : stop] = encode_rows(new_keys[:, head], kv_dtype)
+                values[head][stop - num_rows : stop] = encode_rows(rms(new_values[:, head], self.epsilon), kv_dtype)
         y = np.empty((num_rows, self.num_heads, norms.shape[1]), np.float32)
+        seen_keys, seen_values = (
+            [decode_rows(array[start:stop], norms.shape[1]) for array in arrays] for arrays in (keys, values)
+        )
         for row in range(num_rows):
-            end = stop - num_rows + row + 1
-            seen = slice(max(start, end - self.window) if self.window else start, end)
+            end = stop - num_rows + row + 1 - start
+            seen = slice(max(0, end - self.window) if self.window else 0, end)
             for head in range(self.num_heads):
                 source = head // (self.num_heads // self.num_kv_heads)
-                y[row, head] = attend(queries[row, head], keys[source][seen], values[source][seen])
+                y[row, head] = attend(queries[row, head], seen_keys[source][seen], seen_values[source][seen])
         return (y.reshape(num_rows, -1),)
 
 

@@ -146,8 +146,8 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda conte
 @pytest.mark.parametrize(
     ("version", "match"),
     [
-        (4, "format version 4 is newer than 3, which this program reads; update gemma-edge or re-export"),
-        (2, "format version 2 is older than 3, which this program reads; re-export"),
+        (5, "format version 5 is newer than 4, which this program reads; update gemma-edge or re-export"),
+        (3, "format version 3 is older than 4, which this program reads; re-export"),
     ],
 )
 def test_another_format_version(artifact: Path, refused: Refused, version: int, match: str) -> None:  # 18

@@ -24,7 +24,8 @@ from tests.drafting import CHEAP_DRAFTS, Decoding, KeepsARejectedRow, RecordingT
 from tests.layouts import needs_native
 from tests.models import TinyModels, open_models
 
-PAIRS = [("wide", 4), ("narrow", 4), ("irregular", 4), ("one_shared", 8), ("demo", 4)]
+PAIRS = [(*pair, "float16") for pair in (("wide", 4), ("narrow", 4), ("irregular", 4), ("one_shared", 8), ("demo", 4))]
+PAIRS += [("irregular", 4, "int8"), ("demo", 4, "int8"), ("wide", 4, "float32")]
 NUM_TEXT = 320  # tokens: many windows, and more than the 256 that one segment of attention holds
 NUM_TOKENS = 72  # of a generation
 LENGTHS = range(1, MAX_DRAFT_TOKENS + 1)
@@ -80,14 +81,19 @@ def artifact(tiny_artifact: Callable[..., Path], demo_artifact: Callable[..., Pa
 class Setup:
     """A pair's artifact, a text, and what its tokens give one by one."""
 
-    def __init__(self, folder: Path, models: TinyModels) -> None:
+    def __init__(self, folder: Path, kv_dtype: str, models: TinyModels) -> None:
         self.folder = folder
+        self.kv_dtype = kv_dtype
         self.models = models
         model = models.target.model
         self.text: list[int] = np.random.default_rng(5).integers(model.vocab_size, size=NUM_TEXT).tolist()
         self.alone = results(models, self.text, 1)
         self.prompt = self.text[: model.sliding_window * 2 // 3]
         self.plain = self.decode(None, 0, num_tokens=NUM_TOKENS + MAX_DRAFT_TOKENS)
+
+    def opened(self, **options: int) -> TinyModels:
+        """The same pair once more."""
+        return open_models(self.folder, kv_dtype=self.kv_dtype, **options)
 
     def decode(
         self,
@@ -118,11 +124,12 @@ class Setup:
         np.testing.assert_array_equal(drafted.rows[:NUM_TOKENS], self.plain.rows[:NUM_TOKENS])
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(map(str, pair)))
 def setup(request: pytest.FixtureRequest, artifact: Artifact) -> Iterator[Setup]:
-    folder = artifact(*request.param)
-    with closing(open_models(folder, max_new_tokens=MAX_DRAFT_TOKENS + 1)) as models:
-        yield Setup(folder, models)
+    *pair, kv_dtype = request.param
+    folder = artifact(*pair)
+    with closing(open_models(folder, max_new_tokens=MAX_DRAFT_TOKENS + 1, kv_dtype=kv_dtype)) as models:
+        yield Setup(folder, kv_dtype, models)
 
 
 # each token on its own
@@ -136,7 +143,7 @@ def test_rows_of_a_verify_are_those_of_single_tokens(setup: Setup) -> None:
 @pytest.mark.parametrize("max_new_tokens", [2, 3, 19, NUM_TEXT])
 def test_rows_do_not_depend_on_where_the_cache_keeps_them(setup: Setup, max_new_tokens: int) -> None:
     """The sliding arrays are as long as a window and the new tokens: the shorter, the more often compacted."""
-    with closing(open_models(setup.folder, max_tokens=NUM_TEXT, max_new_tokens=max_new_tokens)) as models:
+    with closing(setup.opened(max_tokens=NUM_TEXT, max_new_tokens=max_new_tokens)) as models:
         for width in (1, 2, 16):
             if width <= max_new_tokens:
                 results(models, setup.text, width).check(setup.alone)
@@ -144,7 +151,7 @@ def test_rows_do_not_depend_on_where_the_cache_keeps_them(setup: Setup, max_new_
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_rows_do_not_depend_on_how_a_prompt_is_cut(setup: Setup, chunk: int) -> None:
-    with closing(open_models(setup.folder, max_new_tokens=chunk)) as models:
+    with closing(setup.opened(max_new_tokens=chunk)) as models:
         results(models, setup.text, chunk).check(setup.alone)
         last = results(models, setup.text, chunk, num_kept=1)  # as a prefill does
         ends = [min(start + chunk, NUM_TEXT) - 1 for start in range(0, NUM_TEXT, chunk)]
@@ -153,7 +160,7 @@ def test_rows_do_not_depend_on_how_a_prompt_is_cut(setup: Setup, chunk: int) -> 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_rows_do_not_depend_on_threads(setup: Setup, num_threads: int) -> None:
-    with closing(open_models(setup.folder, max_new_tokens=64, num_threads=num_threads)) as models:
+    with closing(setup.opened(max_new_tokens=64, num_threads=num_threads)) as models:
         for width in (1, 4, 17, 64):
             results(models, setup.text, width).check(setup.alone)
 

@@ -11,6 +11,7 @@ from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 from transformers.models.gemma4 import modeling_gemma4
 
 from quant.blockwise import BlockFormat, quantize_rows
+from runtime.kv_rows import decode_rows
 from runtime.tables import dequantize_rows
 from tests.layouts import needs_native
 from tests.models import draft_graph
@@ -151,13 +152,14 @@ def assert_close(found, expected):
 
 def shared_kv(models):
     """The rows that the drafter reads, as transformers passes them: by kind, [1, num_kv_heads, num_keys, head_dim]."""
-    arrays = {name: array.astype(np.float32) for _, name, array in models.target.cache.arrays()}
+    arrays = {name: array for _, name, array in models.target.cache.arrays()}
     shared = {}
     for layer in models.manifest.drafter.layers:
         rows = slice(*models.target.cache.draft_span(layer.kind)[:2])
         heads = range(layer.num_kv_heads)
-        shared[f"{layer.kind}_attention"] = tuple(
-            torch.from_numpy(np.stack([arrays[f"{part}_{layer.kv_source}_{head}"][rows] for head in heads]))[None]
+        values = (
+            [decode_rows(arrays[f"{part}_{layer.kv_source}_{head}"][rows], layer.head_dim) for head in heads]
             for part in ("keys", "values")
         )
+        shared[f"{layer.kind}_attention"] = tuple(torch.from_numpy(np.stack(each))[None] for each in values)
     return shared

@@ -69,6 +69,10 @@ class AssumedTarget:
         """Forgets the last tokens."""
         self._target.trim(num_tokens)
 
+    def clear(self) -> None:
+        """Forgets every token."""
+        self._target.clear()
+
     def _draw(self, num_drafts: int) -> int:
         falls = np.flatnonzero(self._rng.random(num_drafts) >= self._acceptance)
         return int(falls[0]) if len(falls) else num_drafts

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from runtime.drafting import DraftCounts, Drafter
 from runtime.engine import Runtime
 from runtime.generation import Request, Target, generate_blocks
+from runtime.kv_rows import encode_rows
 from runtime.sampling import SamplingParams
 from runtime.target import Forward
 
@@ -79,10 +80,12 @@ class OpenedArtifact:
             step = min(self.chunk_tokens, num_tokens - cache.num_tokens)
             cache.make_room(step)
             cache.append(step)
-        for _, _, array in cache.arrays():
-            pattern = self._rng.standard_normal(array.shape[1:], np.float32).astype(array.dtype)
-            for row in range(min(len(array), 64)):
-                array[row::64] = np.roll(pattern, row)
+        head_dims = {layer.kind: layer.head_dim for layer in self.manifest.model.layers}
+        for kind, _, array in cache.arrays():
+            pattern = self._rng.standard_normal(head_dims[kind], np.float32)
+            rows = encode_rows(np.stack([np.roll(pattern, row) for row in range(64)]), cache.kv_dtype)
+            stop = cache.new_row(kind)
+            array[:stop] = rows[np.arange(stop) % 64]
 
     def kv_bytes(self, num_tokens: int) -> int:
         """Bytes of the rows that one more token sees, each counted once however many layers read it."""

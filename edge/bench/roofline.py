@@ -1,6 +1,5 @@
 """The machine's own limits: how fast all threads read memory, and how fast they multiply int8 matrices."""
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +9,7 @@ import onnxruntime as ort
 import psutil
 
 from edge.bench.onnx_bytes import quantized_product
+from profiles import performance_cores
 
 Words = npt.NDArray[np.uint64]
 
@@ -24,14 +24,14 @@ class Roofline:
 
     def __init__(self, num_threads: int, stream_bytes: int) -> None:
         """`stream_bytes` shrinks to a quarter of the free memory; it must stay far above every cache."""
-        self.num_threads = num_threads or physical_cores()
+        self.num_threads = num_threads or performance_cores()
         size = max(MIN_STREAM_BYTES, min(stream_bytes, psutil.virtual_memory().available // 4))
         self._buffer = np.ones(size // 8, np.uint64)  # written: untouched pages would all be the one page of zeros
         rng = np.random.default_rng(0)
         num_rows, width, num_columns = PRODUCT
         weights = rng.integers(-127, 128, (width, num_columns), np.int8)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
+        options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 4
         options.add_session_config_entry("session.force_spinning_stop", "1")
         model = quantized_product(num_rows, weights)
@@ -72,9 +72,3 @@ def stream_read(buffer: Words, num_threads: int) -> float:
         start = time.perf_counter()
         list(pool.map(read, np.array_split(buffer, num_threads)))
         return time.perf_counter() - start
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may use, as a profile's `num_threads` 0 means them."""
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(granted, psutil.cpu_count(logical=False) or granted)

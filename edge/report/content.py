@@ -14,14 +14,14 @@ from edge.report.fits import Fit, fit, plan_json
 from edge.report.measure import Measured, Sizes
 from edge.report.projection import Efficiency, project
 from edge.report.subject import Subject
-from profiles import DeviceProfile, cgroup_limit_bytes
+from profiles import DeviceProfile, budget_bytes, cgroup_limit_bytes
 from runtime import native
 
 FORMAT_VERSION = 1
 REFERENCE_CONTEXT, REFERENCE_PROMPT = 2048, 512  # of the speeds that the verdict names
 DEFINITIONS = {
     "fits": "the planned peak of anonymous memory (load, and a full context) is within the profile's budget",
-    "largest context": "tokens of prompt and answer that the budget has room for, at most what the model knows",
+    "largest context": "tokens of prompt and answer that the budget has room for, at most what profile and model allow",
     "anonymous memory": "what the system cannot take back: heap and buffers, RssAnon; weights are mapped, not in it",
     "mapped memory": "resident pages of files, RssFile and RssShmem; the system may drop them and read them again",
     "control group": "what the whole group of this process takes, page cache included",
@@ -67,7 +67,7 @@ def build_report(
     projections = [project(subject, entry, efficiency, sizes.contexts, sizes.prompts) for entry in fits]
     verdict = [_verdict(entry, projected) for entry, projected in zip(fits, projections, strict=True)]
     if measured:
-        verdict.insert(0, _verdict_here(fit(subject, here), measured))
+        verdict.insert(0, _verdict_here(fit(subject, here, memory_budget=budget_bytes(here)), measured))
     report = {
         "format_version": FORMAT_VERSION,
         "about": _about(subject) | {"command": command},
@@ -176,7 +176,7 @@ def _reference(sizes: Sequence[int], wanted: int) -> int | None:
 
 def _measured(subject: Subject, here: DeviceProfile, measured: Measured) -> dict[str, Any]:
     memory = measured.memory
-    planned = fit(subject, here, context_tokens=memory["context"])
+    planned = fit(subject, here, context_tokens=memory["context"], memory_budget=budget_bytes(here))
     pairs = {
         "load": ("anonymous, load", planned.plan.load_peak_bytes, memory["loading_anonymous"]),
         "steady": (

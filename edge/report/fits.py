@@ -1,15 +1,13 @@
 """Whether a subject fits a device: the memory plan of each profile, and what of it a report tells."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge.planning import plan as memory_plan
 from edge.report.subject import Subject
 from profiles import DeviceProfile
 from runtime.errors import MemoryBudgetError
-
-if TYPE_CHECKING:
-    from runtime.memory_plan import MemoryPlan
+from runtime.memory_plan import MemoryPlan
 
 RESERVE_PART = 0.25
 
@@ -19,7 +17,7 @@ class Fit:
     """A profile's plan; `reason` is the error's line where it does not fit."""
 
     profile: DeviceProfile
-    plan: "MemoryPlan"
+    plan: MemoryPlan
     reason: str = ""
 
     @property
@@ -28,24 +26,36 @@ class Fit:
         return not self.reason
 
 
-def fit(subject: Subject, profile: DeviceProfile, context_tokens: int | None = None) -> Fit:
+def fit(
+    subject: Subject,
+    profile: DeviceProfile,
+    *,
+    context_tokens: int | None = None,
+    memory_budget: int | None = None,
+) -> Fit:
     """Plans a subject for a profile; what does not fit is a result too.
 
     Raises:
         EdgeError: the plan cannot be made.
     """
     try:
-        if subject.manifest is not None:
-            return Fit(profile, memory_plan(subject.source, profile, context_tokens=context_tokens))
-        recipe: dict[str, Any] = {"bits": subject.bits, "block_size": subject.block_size, "layout": subject.layout}
-        return Fit(profile, memory_plan(subject.source, profile, context_tokens=context_tokens, **recipe))
+        plan = memory_plan(
+            subject.source,
+            profile,
+            bits=subject.bits,
+            block_size=subject.block_size,
+            layout=subject.layout,
+            context_tokens=context_tokens,
+            memory_budget=memory_budget,
+        )
+        return Fit(profile, plan)
     except MemoryBudgetError as error:
         if error.plan is None:
             raise
         return Fit(profile, error.plan, str(error))
 
 
-def plan_json(plan: "MemoryPlan") -> dict[str, Any]:
+def plan_json(plan: MemoryPlan) -> dict[str, Any]:
     """The plan's numbers, bytes as integers, and its parts in their order."""
     return {
         "bits": plan.bits,

@@ -161,7 +161,7 @@ def _phases(phases: Sequence[Phase], x: Scale) -> list[str]:
     for phase in phases:
         place = x.at(min(phase.x, x.high))
         width = 8 + CHAR_WIDTH * len(phase.name)
-        start = place if place + width <= x.stop else place - width
+        start = place if place + width <= x.stop else max(place - width, 0.0)
         row = next((row for row, end in enumerate(free) if end <= start), 0)
         free[row] = start + width
         drawn.append(svg.line(place, TOP - 16 + 14 * row, place, HEIGHT - BOTTOM, "phase"))

@@ -3,17 +3,17 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge.bench.workload import Workload
 from edge.measured import artifact_folder, refuse_recipe_options
+from export.hf_config import model_config
+from export.released import RELEASED
 from quant.recipe import RecipeError, make_recipe
 from runtime.errors import EdgeError
+from runtime.layout import Layout
 from runtime.manifest import Manifest, read_manifest
+from runtime.memory_plan import MemoryPlan
 from runtime.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from runtime.memory_plan import MemoryPlan
 
 INT8_BITS = (4, 8)  # products of these weights are computed in int8
 
@@ -29,7 +29,7 @@ class Subject:
     manifest: Manifest | None
     bits: int | None = None
     block_size: int = 32
-    layout: str = "native"
+    layout: Layout | None = None
 
     @property
     def artifact(self) -> Path:
@@ -37,13 +37,13 @@ class Subject:
         assert isinstance(self.source, Path)
         return self.source
 
-    def workload(self, plan: "MemoryPlan") -> Workload:
+    def workload(self, plan: MemoryPlan) -> Workload:
         """Bytes and operations of a forward, from the files where there are any, else from the sizes."""
         if self.manifest is not None:
             return Workload.of(self.manifest)
         return Workload.of_sizes(self.model, plan.bits, self.block_size)
 
-    def is_int8(self, plan: "MemoryPlan") -> bool:
+    def is_int8(self, plan: MemoryPlan) -> bool:
         """Whether its products are computed in int8, so that a device's int8 rate bounds them."""
         activations = "int8" if self.manifest is None else self.manifest.recipe.get("activations")
         return plan.bits in INT8_BITS and activations == "int8"
@@ -72,19 +72,5 @@ def _model(options: argparse.Namespace) -> Subject:
         make_recipe(4 if options.bits is None else options.bits, block_size)
     except RecipeError as error:
         raise EdgeError(str(error)) from error
-    layout = options.layout or "native"
-    model = _sizes(options.model)
-    return Subject("model", options.model, options.model, model, None, options.bits, block_size, layout)
-
-
-def _sizes(name: str) -> ModelConfig:
-    from export.cli import NEEDED
-    from export.hf_config import model_config
-
-    try:
-        from export.dummy import DUMMIES
-    except ModuleNotFoundError as error:
-        if error.name not in NEEDED:
-            raise
-        raise EdgeError(f"--model: {error.name} is not installed; run: pip install 'gemma-edge[export]'") from error
-    return model_config(DUMMIES[name].target, name)
+    model = model_config(RELEASED[options.model].target, options.model)
+    return Subject("model", options.model, options.model, model, None, options.bits, block_size, options.layout)

@@ -58,8 +58,8 @@ def self_test_inputs() -> dict[str, np.ndarray]:
         "row": x[:1],
         "positions": np.arange(3, dtype=np.int64),
         "rows": np.array([0, 3, 0], np.int64),
-        "keys": np.zeros((8, 8), np.float16),
-        "value_rows": np.zeros((8, 8), np.float16),
+        "keys": np.zeros((8, 16), np.uint8),  # rows of 8 halves
+        "value_rows": np.zeros((8, 16), np.uint8),
     }
 
 

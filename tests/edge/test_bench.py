@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from edge.bench.opened import OpenedArtifact, TokenIds, session_clock
 from edge.bench.roofline import Roofline, stream_read
 from edge.bench.workload import Limits, Workload
 from edge.whole_file import write_whole
+from profiles import DeviceProfile
 from runtime import native
 from runtime.drafter import Draft
 from runtime.generation import DraftCounts, Request, generate_blocks
+from runtime.kv_cache import full_bytes_per_token, sliding_bytes
+from runtime.kv_rows import KV_DTYPES, KVDtype
 from runtime.manifest import read_manifest
 from runtime.sampling import SamplingParams
 from runtime.step_costs import costs_record
@@ -145,6 +149,21 @@ def test_kv_bytes_are_the_rows_a_token_sees(opened: OpenedArtifact) -> None:
     full = sum(size for kind, size in rows if kind == "full")
     sliding = sum(size for kind, size in rows if kind == "sliding")
     assert opened.kv_bytes(200) == 200 * full + window * sliding
+
+
+@needs_native
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_kv_bytes_and_jumps_follow_the_rows_type(
+    kv_dtype: KVDtype, tiny_artifact: Callable[..., Path], one_thread: DeviceProfile
+) -> None:
+    folder = tiny_artifact("wide", 4, "int8", "native")
+    with Runtime.load(folder, profile=replace(one_thread, kv_dtype=kv_dtype, num_draft_tokens=0)) as runtime:
+        opened, model = OpenedArtifact(runtime), runtime.manifest.model
+        opened.jump(300)
+        window = model.sliding_window
+        sliding = sliding_bytes(model, kv_dtype, 0) // (window + 1)
+        assert opened.kv_bytes(300) == 300 * full_bytes_per_token(model, kv_dtype) + window * sliding
+        assert np.isfinite(opened.target.forward([4, 5, 6], num_kept=3).logits).all()
 
 
 def test_the_clock_sees_every_session_and_leaves(opened: OpenedArtifact) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,12 +61,23 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "seed-negative": (["--prompt", "a", "--seed", "-1"], "seed is -1, expected an integer >= 0"),
     "stop-empty": (["--prompt", "a", "--stop", ""], "stop 0 must be a non-empty string, got ''"),
     "drafts-17": (["--prompt", "a", "--num-draft-tokens", "17"], "num_draft_tokens is 17, expected an integer 0-16"),
+    "policy": (
+        ["--prompt", "a", "--context-policy", "shift"],
+        r"argument --context-policy: invalid choice: 'shift' \(choose from '?stop'?, '?slide'?\); see edge-generate",
+    ),
+    "long-slide": (
+        ["--prompt", "a1" * 50_000, "--context-policy", "slide"],
+        "the prompt has ([0-9,]+) tokens, \\1 of them outside the turns that may be dropped, the context holds",  # 61
+    ),
     "profile": (["--prompt", "a", "--profile", "labtop"], "unknown profile 'labtop', did you mean 'laptop'?"),
     "profile-file": (
         ["--prompt", "a", "--profile", "none.toml"],
         "none.toml: no such profile file; known profiles are",
     ),
-    "budget": (["--prompt", "a", "--memory-budget", "much"], "'much' is no amount of memory; write it like '6 GiB'"),
+    "budget": (
+        ["--prompt", "a", "--memory-budget", "much"],
+        "memory budget: 'much' is no amount of memory; write it like '6 GiB'",
+    ),
     "small-budget": (
         ["--prompt", "a", "--memory-budget", "1 MB"],
         "laptop: the model needs [0-9]+ MiB .* the budget is 1 MiB",
@@ -112,6 +124,7 @@ def test_text_is_what_json_holds(artifact: Path, capfd: Capture) -> None:
         generation = runtime.generate([2, 45, 100], max_tokens=20, temperature=0)
     assert (found["token_ids"], found["text"]) == (generation.token_ids, generation.text)
     assert found["finish_reason"] == generation.finish_reason
+    assert found["context_full"] is generation.context_full is False
     assert found["stats"]["num_generated_tokens"] == len(found["token_ids"])
     assert run(generate_cli.main, [artifact, *GREEDY]) == 0
     assert capfd.readouterr() == (f"{found['text']}\n", "")
@@ -120,6 +133,19 @@ def test_text_is_what_json_holds(artifact: Path, capfd: Capture) -> None:
 def test_a_chat_is_answered(artifact: Path, capfd: Capture) -> None:
     assert run(generate_cli.main, [artifact, "--chat", "hello", "--max-tokens", "3", "--seed", "1"]) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_a_prompt_in_turns_may_slide(artifact: Path, tmp_path: Path, capfd: Capture) -> None:
+    profile = tmp_path / "small.toml"
+    text = (ROOT / "profiles" / "phone-arm.toml").read_text(encoding="utf-8")
+    profile.write_text(re.sub("context_tokens = .*", "context_tokens = 60", text), encoding="utf-8")
+    turns = "<|turn>user\nhello<turn|>\n<|turn>model\nhi<turn|>\n" * 4 + "<|turn>user\nhello<turn|>\n<|turn>model\n"
+    options = [artifact, "--prompt", turns, "--profile", str(profile), "--max-tokens", "3", "--json"]
+    assert_fails(generate_cli.main, options, '.* the context holds 60 .* with context_policy="slide"', capfd)
+    assert run(generate_cli.main, [*options, "--context-policy", "slide"]) == 0
+    stats = json.loads(capfd.readouterr().out)["stats"]
+    assert stats["num_slides"] == 1
+    assert stats["num_prompt_tokens"] - stats["num_dropped_tokens"] == stats["num_prefilled_tokens"] <= 57
 
 
 # Errors

@@ -9,8 +9,9 @@ import pytest
 
 from edge import EdgeError, Runtime
 from export import dummy as dummies
-from export.dummy import DUMMIES, DummyModel, RandomCheckpoint, drafter_shapes, dummy_artifact, target_shapes
+from export.dummy import RandomCheckpoint, drafter_shapes, dummy_artifact, target_shapes
 from export.hf_config import drafter_config, model_config
+from export.released import RELEASED, ReleasedModel
 from quant.blockwise import BlockFormat
 from quant.recipe import make_recipe
 from runtime.manifest import read_manifest
@@ -23,8 +24,8 @@ SMALL = {
     "global_head_dim": 64,
     "sliding_window": 16,
 }
-E2B = DUMMIES["E2B"]
-TINY = DummyModel(
+E2B = RELEASED["E2B"]
+TINY = ReleasedModel(
     "tiny",
     E2B.target
     | SMALL
@@ -56,7 +57,7 @@ def count(shapes: dict[str, tuple[int, ...]], part: str = "") -> int:
     [("E2B", 1.863e9, 403e6, 2.35e9), ("E4B", 3.946e9, 671e6, 2.82e9)],
 )
 def test_sizes_are_those_of_the_model(name: str, layers: float, embedding: float, ple: float) -> None:
-    shapes = target_shapes(model_config(DUMMIES[name].target, name))
+    shapes = target_shapes(model_config(RELEASED[name].target, name))
     # published to three or four digits
     assert count(shapes, ".embed_tokens.weight") == pytest.approx(embedding, rel=2e-3)
     assert count(shapes, ".embed_tokens_per_layer.weight") == pytest.approx(ple, rel=2e-3)
@@ -65,8 +66,8 @@ def test_sizes_are_those_of_the_model(name: str, layers: float, embedding: float
 
 @pytest.mark.parametrize(("name", "total"), [("E2B", 77.7e6), ("E4B", 78.5e6)])
 def test_sizes_are_those_of_the_drafter(name: str, total: float) -> None:
-    model = model_config(DUMMIES[name].target, name)
-    shapes = drafter_shapes(drafter_config(DUMMIES[name].assistant, model, name))
+    model = model_config(RELEASED[name].target, name)
+    shapes = drafter_shapes(drafter_config(RELEASED[name].assistant, model, name))
     weights = count(shapes) - count(shapes, "token_ordering")
     assert weights == pytest.approx(total, rel=1e-2)
 

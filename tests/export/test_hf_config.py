@@ -9,11 +9,11 @@ from transformers import Gemma4TextConfig
 from export.errors import CheckpointError
 from export.hf_config import drafter_config, generation_defaults, model_config
 from runtime.kv_cache import full_bytes_per_token, sliding_bytes
-from runtime.layout import Layout
+from runtime.kv_rows import KV_BLOCK, KVDtype
 from runtime.model_config import ModelConfig, RopeConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-SIZES: dict[Layout, int] = {"portable": 4, "native": 2}
+SIZES: dict[KVDtype, float] = {"float32": 4, "float16": 2, "int8": 1 + 2 / KV_BLOCK}
 E2B: dict[str, Any] = {
     "model_type": "gemma4_text",
     "vocab_size": 262_144,
@@ -97,10 +97,10 @@ def test_e2b(as_written: Any) -> None:
         assert layer.num_kv_heads == 1
         assert layer.intermediate_size == (12288 if is_shared else 6144)
         assert layer.kv_source == ((14 if is_full else 13) if is_shared else index)
-    # keys and values of 2 or 4 bytes: 3 full layers of 512, 12 sliding ones of 256
-    for layout, size in SIZES.items():
-        assert full_bytes_per_token(model, layout) == 3 * 2 * 512 * size
-        assert sliding_bytes(model, layout, 511) == 12 * 2 * 256 * size * 1024
+    # keys and values: 3 full layers of 512, 12 sliding ones of 256
+    for kv_dtype, size in SIZES.items():
+        assert full_bytes_per_token(model, kv_dtype) == 3 * 2 * 512 * size
+        assert sliding_bytes(model, kv_dtype, 511) == 12 * 2 * 256 * size * 1024
 
 
 @SHAPES
@@ -113,9 +113,9 @@ def test_e4b(as_written: Any) -> None:
         assert layer.num_kv_heads == 2
         assert layer.intermediate_size == 10240
         assert layer.kv_source == ((23 if is_full else 22) if is_shared else index)
-    for layout, size in SIZES.items():
-        assert full_bytes_per_token(model, layout) == 4 * 2 * 2 * 512 * size
-        assert sliding_bytes(model, layout, 511) == 20 * 2 * 2 * 256 * size * 1024
+    for kv_dtype, size in SIZES.items():
+        assert full_bytes_per_token(model, kv_dtype) == 4 * 2 * 2 * 512 * size
+        assert sliding_bytes(model, kv_dtype, 511) == 20 * 2 * 2 * 256 * size * 1024
 
 
 def test_the_other_fields() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import edge
-from runtime.budget import planned_bytes
 from runtime.memory import memory_usage
 from tests.full_size.random_checkpoint import write_e2b
 
@@ -53,7 +52,7 @@ def test_drafts_verify_and_tables_stay_on_disk(artifact):
         plain = runtime.generate(prompt, max_tokens=8, temperature=0.0, num_draft_tokens=0)
         drafted = runtime.generate(prompt, max_tokens=8, temperature=0.0, num_draft_tokens=3)
         usage = memory_usage()
-        planned = planned_bytes(runtime.manifest, runtime.profile, len(prompt) + 8)
+        planned = runtime.plan.peak_bytes
     assert len(plain.token_ids) == len(drafted.token_ids) == 8
     assert drafted.stats.num_drafted > 0
     assert drafted.stats.peak_anonymous_bytes - before <= planned

@@ -17,6 +17,7 @@
 using edge::AttentionSegment;
 using edge::AttentionState;
 using edge::Kernels;
+using edge::KvType;
 using edge::kPanelRows;
 using edge::MatrixShape;
 using edge::QuantizedTile;
@@ -209,37 +210,73 @@ void check_scalar_multiply() {
 
 // ---- attention
 
-using Halves = std::vector<uint16_t>;
+constexpr KvType kTypes[] = {KvType::float32, KvType::float16, KvType::int8};
+const char* name_of(KvType type) {
+    return type == KvType::float32 ? "float32" : type == KvType::float16 ? "float16" : "int8";
+}
+
+float half_at(const uint8_t* place) {
+    uint16_t half;
+    std::memcpy(&half, place, sizeof half);
+    return float_of_half(half);
+}
+
+// Value d of a row, by the format's description.
+double value_of(KvType type, const uint8_t* row, int head_dim, int d) {
+    if (type == KvType::float16) return double(half_at(row + 2 * d));
+    if (type == KvType::int8) return int8_t(row[d]) * double(half_at(row + head_dim + d / 64 * 2));
+    float value;
+    std::memcpy(&value, row + 4 * d, sizeof value);
+    return double(value);
+}
+
+// Rows of the KV cache.
+struct Rows {
+    Rows(KvType type, int head_dim, int num_rows)
+        : type(type),
+          head_dim(head_dim),
+          row_bytes(size_t(edge::kv_row_bytes(type, head_dim))),
+          bytes(size_t(num_rows) * row_bytes) {
+        for (int row = 0; row < num_rows; row++) store(row, random_floats(size_t(head_dim)));
+    }
+    void store(int row, const Floats& values) {
+        edge::kScalar->store_row(values.data(), head_dim, type, bytes.data() + size_t(row) * row_bytes);
+    }
+    double at(int row, int d) const { return value_of(type, bytes.data() + size_t(row) * row_bytes, head_dim, d); }
+    Rows part(int first, int last) const {
+        Rows result(type, head_dim, 0);
+        result.bytes.assign(bytes.begin() + first * long(row_bytes), bytes.begin() + last * long(row_bytes));
+        return result;
+    }
+    KvType type;
+    int head_dim;
+    size_t row_bytes;
+    std::vector<uint8_t> bytes;
+};
 
 struct Attention {
     int num_queries, head_dim, num_keys, row_size;
-    Floats queries;       // [kTileQueries][row_size]
-    Halves keys, values;  // [num_keys][head_dim]
+    Floats queries;  // [kTileQueries][row_size]
+    Rows keys, values;
 
-    Attention(int num_queries, int head_dim, int num_keys)
+    Attention(KvType type, int num_queries, int head_dim, int num_keys)
         : num_queries(num_queries),
           head_dim(head_dim),
           num_keys(num_keys),
           row_size((head_dim + edge::kRowFloats - 1) / edge::kRowFloats * edge::kRowFloats),
           queries(size_t(edge::kTileQueries * row_size)),
-          keys(random_halves(size_t(num_keys * head_dim))),
-          values(random_halves(size_t(num_keys * head_dim))) {
+          keys(type, head_dim, num_keys),
+          values(type, head_dim, num_keys) {
         for (int query = 0; query < num_queries; query++)
             for (int d = 0; d < head_dim; d++) queries[size_t(query * row_size + d)] = random_float();
-    }
-
-    static Halves random_halves(size_t count) {
-        Halves halves(count);
-        for (uint16_t& half : halves) half = half_of_float(random_float());
-        return halves;
     }
 
     // Keys [first, last).
     Attention part(int first, int last) const {
         Attention result = *this;
         result.num_keys = last - first;
-        result.keys.assign(keys.begin() + first * head_dim, keys.begin() + last * head_dim);
-        result.values.assign(values.begin() + first * head_dim, values.begin() + last * head_dim);
+        result.keys = keys.part(first, last);
+        result.values = values.part(first, last);
         return result;
     }
 
@@ -275,14 +312,16 @@ struct State {
 State attend(const Kernels& table, const Attention& a, bool reads_ahead = false) {
     State state(a.head_dim, a.row_size);
     Floats scores(edge::kScoreFloats);
-    const AttentionSegment segment{a.queries.data(), a.num_queries,   a.head_dim, a.row_size,
-                                   a.keys.data(),    a.values.data(), a.num_keys, reads_ahead};
+    const AttentionSegment segment{
+        a.queries.data(),    a.num_queries,         a.head_dim, a.row_size, a.keys.type,
+        a.keys.bytes.data(), a.values.bytes.data(), a.num_keys, reads_ahead};
     table.attend(segment, scores.data(), state.view());
     return state;
 }
 
 // Softmax over the keys in double precision. An error d of a score is a factor of 1 + d on a weight, and scores sum
-// head_dim products, each below 1: d < head_dim * |score|_1 * 2^-24. exp adds 2^-22, sums a rounding for each key.
+// head_dim products, each below 1: d < head_dim * |score|_1 * 2^-24. exp adds 2^-22, sums a rounding for each key, and
+// in int8 each value one more, of its product with the scale.
 void expect_attention(const Attention& a, const State& state, const std::string& what) {
     for (int query = 0; query < a.num_queries; query++) {
         std::vector<double> weights(size_t(a.num_keys), 0.0), output(size_t(a.head_dim), 0.0);
@@ -290,8 +329,7 @@ void expect_attention(const Attention& a, const State& state, const std::string&
         for (int key = 0; key < a.num_keys; key++) {
             double absolute = 0.0;
             for (int d = 0; d < a.head_dim; d++) {
-                const double product = double(a.queries[size_t(query * a.row_size + d)]) *
-                                       double(float_of_half(a.keys[size_t(key * a.head_dim + d)]));
+                const double product = double(a.queries[size_t(query * a.row_size + d)]) * a.keys.at(key, d);
                 weights[size_t(key)] += product, absolute += std::fabs(product);
             }
             most = std::max(most, absolute);
@@ -300,8 +338,7 @@ void expect_attention(const Attention& a, const State& state, const std::string&
         for (int key = 0; key < a.num_keys; key++) {
             const double weight = std::exp(weights[size_t(key)] - largest);
             sum += weight;
-            for (int d = 0; d < a.head_dim; d++)
-                output[size_t(d)] += weight * double(float_of_half(a.values[size_t(key * a.head_dim + d)]));
+            for (int d = 0; d < a.head_dim; d++) output[size_t(d)] += weight * a.values.at(key, d);
         }
         const double tolerance = 2.0 * (2.0 * a.head_dim * most + 8.0 + 2.0 * a.num_keys) * kUnit;
         const Floats found = state.of(query);
@@ -310,10 +347,11 @@ void expect_attention(const Attention& a, const State& state, const std::string&
     }
 }
 
-void check_attention(const Kernels& table, int num_queries, int head_dim, int num_keys) {
-    const std::string what = std::string(table.name) + " attend, queries " + std::to_string(num_queries) + " dims " +
-                             std::to_string(head_dim) + " keys " + std::to_string(num_keys);
-    Attention a(num_queries, head_dim, num_keys);
+void check_attention(const Kernels& table, KvType type, int num_queries, int head_dim, int num_keys) {
+    const std::string what = std::string(table.name) + " attend " + name_of(type) + ", queries " +
+                             std::to_string(num_queries) + " dims " + std::to_string(head_dim) + " keys " +
+                             std::to_string(num_keys);
+    Attention a(type, num_queries, head_dim, num_keys);
     const State whole = attend(table, a);
     expect_attention(a, whole, what);
     for (int query = 0; query < num_queries; query++) {
@@ -328,9 +366,11 @@ void check_attention(const Kernels& table, int num_queries, int head_dim, int nu
             expect_attention(part, attend(table, part), what + ", a part");
         }
     }
-    a.values.back() = half_of_float(kNaN);
+    Floats holed = random_floats(size_t(head_dim));
+    holed.back() = kNaN;
+    a.values.store(num_keys - 1, holed);
     if (!std::isnan(attend(table, a).of(0).back())) fail("%s: a NaN of a value is lost", what.c_str());
-    a.keys.front() = half_of_float(kNaN);
+    a.keys.store(0, holed);
     const State spoiled = attend(table, a);
     for (int query = 0; query < num_queries; query++)
         if (!std::isnan(spoiled.sum[size_t(query)])) fail("%s: a NaN of a key is lost", what.c_str());
@@ -352,8 +392,11 @@ void check_scale_add(const Kernels& table, int count) {
 // Every float16 comes back from its float, and what lies between two goes to the nearer one, halfway to the even one.
 void check_halves(const Kernels& table) {
     const std::string what = std::string(table.name) + " to halves";
+    const auto store = [&](const float* values, int count, uint16_t* halves) {
+        table.store_row(values, count, KvType::float16, reinterpret_cast<uint8_t*>(halves));
+    };
     Floats x;
-    Halves expected;
+    std::vector<uint16_t> expected;
     const auto add = [&](double value, uint32_t half) {
         x.push_back(float(value)), expected.push_back(uint16_t(half));
         x.push_back(float(-value)), expected.push_back(uint16_t(half | 0x8000u));
@@ -369,13 +412,44 @@ void check_halves(const Kernels& table) {
     add(1e-30, 0), add(1e30, 0x7c00u), add(double(INFINITY), 0x7c00u);
     for (const size_t skipped : {size_t(0), size_t(3)}) {
         const size_t count = x.size() - skipped;
-        Halves found(count, 0xffffu);
-        table.to_halves(x.data() + skipped, found.data(), int(count));
+        std::vector<uint16_t> found(count, 0xffffu);
+        store(x.data() + skipped, int(count), found.data());
         if (!std::equal(found.begin(), found.end(), expected.begin() + long(skipped))) fail("%s", what.c_str());
     }
     uint16_t found = 0;
-    table.to_halves(&kNaN, &found, 1);
+    store(&kNaN, 1, &found);
     if (!std::isnan(float_of_half(found))) fail("%s: a NaN is lost", what.c_str());
+}
+
+// Codes of int8 are at most half a step off and the same in every instruction set; what is no number spoils its block
+// alone. The row and its buffer end together.
+void check_codes(const Kernels& table, int head_dim) {
+    const std::string what = std::string(table.name) + " int8 row of " + std::to_string(head_dim);
+    const size_t row_bytes = size_t(edge::kv_row_bytes(KvType::int8, head_dim));
+    for (const float size : {1.0f, 0.0f, 1e-7f, 1e-4f, 3e4f, 1e30f, kInfinity, kNaN}) {
+        Floats x = random_floats(size_t(head_dim));
+        if (std::isfinite(size))
+            for (float& value : x) value *= size;
+        else x[size_t(head_dim / 2)] = size;
+        std::vector<uint8_t> row(row_bytes, 0x55), expected(row_bytes, 0xaa);
+        table.store_row(x.data(), head_dim, KvType::int8, row.data());
+        edge::kScalar->store_row(x.data(), head_dim, KvType::int8, expected.data());
+        if (row != expected) fail("%s: other bytes than the scalar ones for values of %g", what.c_str(), double(size));
+        for (int d = 0; d < head_dim; d++) {
+            const bool is_spoiled = size == 1e30f || (!std::isfinite(size) && d / 64 == head_dim / 2 / 64);
+            const double found = value_of(KvType::int8, row.data(), head_dim, d);
+            const double scale = double(half_at(&row[size_t(head_dim + d / 64 * 2)]));
+            // 127 steps of a scale that is rounded by half of float16's smallest number
+            if (!is_spoiled) expect_near(found, x[size_t(d)], scale * 0.5001 + 127.0 * std::ldexp(1.0, -25), what);
+            else if (!std::isnan(found)) fail("%s: value %d of a spoiled block is a number", what.c_str(), d);
+        }
+    }
+    Floats halfway(size_t(head_dim), 0.5f);
+    for (int d = 0; d < head_dim; d++) halfway[size_t(d)] = d % 64 == 0 ? 127.0f : float(d % 64) - 31.5f;
+    std::vector<uint8_t> row(row_bytes);
+    table.store_row(halfway.data(), head_dim, KvType::int8, row.data());
+    for (int d = 0; d < head_dim; d++)
+        if (int8_t(row[size_t(d)]) != int(std::nearbyint(halfway[size_t(d)]))) fail("%s: halfway", what.c_str());
 }
 
 // ---- rows
@@ -484,10 +558,12 @@ void check(const Kernels& table) {
         fail("%s: tiles of %d and %d rows", table.name, table.max_single_tile_rows, table.num_tile_rows);
     if (!edge::force_kernels(table.name) || &edge::kernels() != &table) fail("%s cannot be forced", table.name);
     check_matrices(table);
-    for (const int num_queries : {1, 3, 4, 5, edge::kTileQueries})
-        for (const int head_dim : {6, 20, 64, 256})
-            for (const int num_keys : {1, 2, 7, 33, edge::kMaxSegmentKeys})
-                check_attention(table, num_queries, head_dim, num_keys);
+    for (const KvType type : kTypes)
+        for (const int num_queries : {1, 3, 4, 5, edge::kTileQueries})
+            for (const int head_dim : {6, 20, 64, 72, 150, 256})
+                for (const int num_keys : {1, 2, 7, 33, edge::kMaxSegmentKeys})
+                    check_attention(table, type, num_queries, head_dim, num_keys);
+    for (const int head_dim : {4, 6, 64, 72, 150, 512}) check_codes(table, head_dim);
     for (const int count : {1, 7, 8, 16, 40}) check_scale_add(table, count);
     check_halves(table);
     for (const int size : {1, 7, 8, 16, 40, 1000}) check_activations(table, size);

@@ -11,6 +11,7 @@ from runtime.errors import InferenceError
 from runtime.generation import DraftCounts, Drafter, Request, generate_blocks
 from runtime.sampling import Distribution, SamplingParams
 from runtime.target import Forward
+from runtime.turns import Sliding
 
 VOCAB_SIZE = 50
 PROMPT = [3, 14, 15, 9, 2]
@@ -56,6 +57,9 @@ class StubTarget:
     def trim(self, num_tokens: int) -> None:
         del self.cached[len(self.cached) - num_tokens :]
 
+    def clear(self) -> None:
+        self.cached.clear()
+
 
 class StubDrafter:
     """Drafts the target's own tokens, the draft at `wrong_at` excepted, and checks what it is given."""
@@ -98,8 +102,9 @@ def run(
     params: SamplingParams = GREEDY,
     chunk: int = 64,
     cancelled: Callable[[], bool] = lambda: False,
+    sliding: Sliding | None = None,
 ) -> Iterator[list[int]]:
-    request = Request(PROMPT, max_tokens, params, num_draft_tokens, chunk)
+    request = Request(PROMPT, max_tokens, params, num_draft_tokens, chunk, sliding=sliding)
     return generate_blocks(target, drafter, request, np.random.default_rng(0), counts, cancelled)
 
 
@@ -154,6 +159,62 @@ def test_the_prompt_goes_in_by_chunks(chunk: int, sizes: list[int]) -> None:
     target = StubTarget()
     assert joined(run(target, None, DraftCounts(), max_tokens=1, chunk=chunk)) == continuation(1)
     assert target.forwards == sizes
+
+
+# a context that is full: of 10 tokens, 2 behind the first may be dropped, then 1 more
+
+SLIDING = Sliding(10, 1, (2, 3))
+MOST_TOKENS = 10 - 2  # what may be generated while two tokens of the prompt are left
+
+
+def slid_continuation(num_tokens: int) -> list[int]:
+    """Token by token: the context is full with 5 tokens behind the prompt, with 7 behind three tokens of it."""
+    token_ids: list[int] = []
+    while len(token_ids) < num_tokens:
+        kept = (
+            PROMPT if len(token_ids) < 5 else [PROMPT[0], *PROMPT[3:]] if len(token_ids) < 7 else [PROMPT[0], PROMPT[4]]
+        )
+        token_ids.append(next_token([*kept, *token_ids][-1], len(kept) + len(token_ids) - 1))
+    return token_ids
+
+
+@pytest.mark.parametrize("wrong_at", [None, 0, 1])
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("max_tokens", range(1, MOST_TOKENS + 1))
+def test_drafts_do_not_move_a_slide(max_tokens: int, num_draft_tokens: int, wrong_at: int | None) -> None:
+    target, counts = StubTarget(), DraftCounts()
+    drafter = StubDrafter(target, wrong_at)  # checks that it sees the new tokens and their hidden states
+    blocks = run(
+        target, drafter, counts, max_tokens=max_tokens, num_draft_tokens=num_draft_tokens, sliding=SLIDING, chunk=3
+    )
+    num_cached = []
+    token_ids = []
+    for block in blocks:
+        token_ids += block
+        num_cached.append(len(target.cached))
+    assert token_ids == slid_continuation(max_tokens)
+    assert max(num_cached) < 10  # the last token needs no row
+    num_slides = (max_tokens > 5) + (max_tokens > 7)
+    assert (counts.num_slides, counts.num_dropped_tokens) == (num_slides, (0, 2, 3)[num_slides])
+    assert counts.num_prefilled_tokens == sum((5, 3 + 5, 2 + 7)[: num_slides + 1])
+    assert counts.num_drafter_faults == 0
+
+
+@pytest.mark.parametrize(("forward", "step"), [(0, 0), (4, 4), (5, 5), (6, 6), (7, 7)])
+def test_nan_names_the_step_behind_slides_too(forward: int, step: int) -> None:
+    target = StubTarget({forward: np.nan})
+    blocks = run(target, None, DraftCounts(), max_tokens=MOST_TOKENS, sliding=SLIDING)
+    with pytest.raises(InferenceError, match=rf"step {step}: the largest of 50 logits in row 0 is nan"):
+        joined(blocks)
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 3])
+def test_cancelled_between_the_chunks_of_a_slide(num_chunks: int) -> None:
+    target, counts, num_forwards = StubTarget(), DraftCounts(), len(PROMPT) + 4 + num_chunks
+    options = {"max_tokens": MOST_TOKENS, "sliding": SLIDING, "chunk": 1}
+    blocks = run(target, None, counts, **options, cancelled=lambda: len(target.forwards) == num_forwards)
+    assert joined(blocks) == slid_continuation(5)
+    assert (len(target.forwards), counts.num_slides) == (num_forwards, num_chunks > 0)
 
 
 # a drafter that fails

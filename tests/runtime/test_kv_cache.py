@@ -1,24 +1,32 @@
-"""The cache's laws: append then trim equals never appended, planned bytes equal `nbytes`, growth keeps rows."""
+"""The cache's laws: append then trim equals never appended, cleared equals new, adding tokens moves no other token."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.errors import RequestError
-from runtime.kv_cache import GROWTH_TOKENS, KVCache, full_bytes_per_token, sliding_bytes
-from runtime.layout import LAYOUTS, Layout
+from runtime import reserved_memory
+from runtime.errors import MemoryBudgetError, RequestError
+from runtime.kv_cache import KEPT_TOKENS, KVCache, full_bytes_per_token, sliding_bytes
+from runtime.kv_rows import KV_DTYPES, KVDtype, decode_rows, encode_rows, row_bytes
 from runtime.model_config import LayerConfig, ModelConfig, RopeConfig
-from runtime.signature import KV_DTYPES
+from runtime.reserved_memory import PAGE_BYTES
 from tests.models import TinyModels
 
+ROOT = Path(__file__).parents[2]
 WINDOW = 8
+HEAD_DIMS = {"sliding": 4, "full": 6}
 LAYERS = (
     LayerConfig("sliding", head_dim=4, num_kv_heads=2, intermediate_size=8, kv_source=0),
     LayerConfig("full", head_dim=6, num_kv_heads=1, intermediate_size=8, kv_source=1),
     LayerConfig("sliding", head_dim=4, num_kv_heads=2, intermediate_size=8, kv_source=2),
     LayerConfig("full", head_dim=6, num_kv_heads=1, intermediate_size=8, kv_source=1),
 )
+NUM_ARRAYS = 2 * (2 + 2 + 1)
 MODEL = ModelConfig(
     vocab_size=16,
     hidden_size=8,
@@ -34,7 +42,7 @@ MODEL = ModelConfig(
     eos_token_ids=(1,),
 )
 
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_kv_dtype = pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 
 
 def append_marked(cache: KVCache, num_tokens: int, mark: int = 0) -> None:
@@ -43,7 +51,8 @@ def append_marked(cache: KVCache, num_tokens: int, mark: int = 0) -> None:
     positions = np.arange(cache.num_tokens, cache.num_tokens + num_tokens, dtype=np.float32) + mark
     for kind, _, array in cache.arrays():
         row = cache.new_row(kind)
-        array[row : row + num_tokens] = positions[:, None]
+        values = np.repeat(positions[:, None], HEAD_DIMS[kind], axis=1)
+        array[row : row + num_tokens] = encode_rows(values, cache.kv_dtype)
     cache.append(num_tokens)
 
 
@@ -65,23 +74,31 @@ def assert_same_rows(cache: KVCache, other: KVCache) -> None:
         np.testing.assert_array_equal(rows[key], others[key], err_msg=str(key))
 
 
+def addresses(cache: KVCache) -> dict[str, tuple[int, int]]:
+    return {name: (array.ctypes.data, array.nbytes) for _, name, array in cache.arrays()}
+
+
+# tokens
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 3, 7, 20])
 def test_exactly_the_window_is_visible_at_every_length(max_new_tokens: int) -> None:
-    cache, rng = KVCache(MODEL, "portable", max_tokens=200, max_new_tokens=max_new_tokens), np.random.default_rng(0)
+    cache, rng = KVCache(MODEL, "float32", max_tokens=200, max_new_tokens=max_new_tokens), np.random.default_rng(0)
     while cache.num_tokens < 150:
         append_marked(cache, int(rng.integers(1, max_new_tokens + 1)))
         for (view, name), rows in visible_rows(cache).items():
             is_full = name.startswith(("keys_1", "values_1"))
             # a token sees window - 1 rows besides its own, the drafter window + 1
             num_seen = cache.num_tokens if is_full else min(cache.num_tokens, WINDOW + (1 if view == "draft" else -1))
-            assert rows[:, 0].tolist() == list(range(cache.num_tokens - num_seen, cache.num_tokens))
+            positions = rows.view(np.float32)[:, 0].tolist()
+            assert positions == list(range(cache.num_tokens - num_seen, cache.num_tokens))
 
 
-@each_layout
+@each_kv_dtype
 @pytest.mark.parametrize("seed", range(5))
-def test_append_then_trim_equals_never_appended(layout: Layout, seed: int) -> None:
+def test_append_then_trim_equals_never_appended(kv_dtype: KVDtype, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    cache, plain = (KVCache(MODEL, layout, max_tokens=300, max_new_tokens=5) for _ in range(2))
+    cache, plain = (KVCache(MODEL, kv_dtype, max_tokens=300, max_new_tokens=5) for _ in range(2))
     while plain.num_tokens < 250:
         num_kept, num_dropped = rng.integers(1, 3), rng.integers(0, 4)
         append_marked(plain, num_kept)
@@ -90,6 +107,23 @@ def test_append_then_trim_equals_never_appended(layout: Layout, seed: int) -> No
             append_marked(cache, num_dropped, mark=1000)
             cache.trim(num_dropped)
         assert_same_rows(cache, plain)
+
+
+@each_kv_dtype
+@pytest.mark.parametrize("seed", range(3))
+def test_cleared_equals_new(kv_dtype: KVDtype, seed: int) -> None:
+    rng, sizes = np.random.default_rng(seed), {"max_tokens": 4 * KEPT_TOKENS, "max_new_tokens": 300}
+    cache = KVCache(MODEL, kv_dtype, **sizes)
+    for num_tokens in (20, 3 * KEPT_TOKENS, 40, 2 * KEPT_TOKENS):
+        cache.clear()
+        new = KVCache(MODEL, kv_dtype, **sizes)
+        while new.num_tokens < num_tokens:
+            num_new, num_dropped = rng.integers(1, 300), rng.integers(0, 20)
+            for one in (cache, new):
+                append_marked(one, num_new, mark=num_tokens)
+                append_marked(one, num_dropped, mark=1000)
+                one.trim(num_dropped)
+            assert_same_rows(cache, new)
 
 
 @pytest.mark.parametrize("shape", ["wide", "irregular", "one_shared"])
@@ -108,7 +142,7 @@ def test_the_same_law_holds_on_a_real_model(shape: str, open_tiny: Callable[...,
 
 
 def test_only_the_last_append_can_be_trimmed() -> None:
-    cache = KVCache(MODEL, "portable", max_tokens=64, max_new_tokens=4)
+    cache = KVCache(MODEL, "float32", max_tokens=64, max_new_tokens=4)
     append_marked(cache, 4)
     append_marked(cache, 2)
     cache.trim(1)
@@ -117,59 +151,143 @@ def test_only_the_last_append_can_be_trimmed() -> None:
         cache.trim(1)
 
 
-@each_layout
-@pytest.mark.parametrize("max_new_tokens", [1, 17, 512])
-@pytest.mark.parametrize("num_tokens", [1, GROWTH_TOKENS, GROWTH_TOKENS + 1, 3 * GROWTH_TOKENS - 1])
-def test_planned_bytes_are_the_arrays_bytes(layout: Layout, num_tokens: int, max_new_tokens: int) -> None:
-    cache = KVCache(MODEL, layout, max_tokens=4 * GROWTH_TOKENS, max_new_tokens=max_new_tokens)
-    assert cache.nbytes == sliding_bytes(MODEL, layout, max_new_tokens)
-    while cache.num_tokens < num_tokens:
-        append_marked(cache, min(max_new_tokens, num_tokens - cache.num_tokens))
-    num_rows = -(-num_tokens // GROWTH_TOKENS) * GROWTH_TOKENS
-    planned = num_rows * full_bytes_per_token(MODEL, layout) + sliding_bytes(MODEL, layout, max_new_tokens)
-    assert cache.nbytes == planned
-    # keys and values of 4 bytes, or 2: one full owner of 1 head x 6, two sliding owners of 2 heads x 4
-    size = 2 if layout == "native" else 4
-    assert full_bytes_per_token(MODEL, layout) == 2 * size * 1 * 6
-    assert sliding_bytes(MODEL, layout, 17) == 2 * 2 * size * 2 * 4 * (WINDOW + 1 + 17)
-
-
-def test_growth_stops_at_the_context() -> None:
-    cache = KVCache(MODEL, "portable", max_tokens=GROWTH_TOKENS + 10, max_new_tokens=GROWTH_TOKENS)
-    append_marked(cache, GROWTH_TOKENS)
-    append_marked(cache, 10)
-    context_bytes = (GROWTH_TOKENS + 10) * full_bytes_per_token(MODEL, "portable")
-    assert cache.nbytes == context_bytes + sliding_bytes(MODEL, "portable", GROWTH_TOKENS)
-
-
-@each_layout
-def test_growth_keeps_rows_and_their_type(layout: Layout) -> None:
-    cache = KVCache(MODEL, layout, max_tokens=4096, max_new_tokens=GROWTH_TOKENS)
-    for _ in range(4):
-        append_marked(cache, GROWTH_TOKENS - 1)
-    for kind, _, array in cache.arrays():
-        assert array.dtype == KV_DTYPES[layout]
-        if kind == "full":
-            np.testing.assert_array_equal(array[: cache.num_tokens, 0], np.arange(cache.num_tokens))
-
-
-def test_clear_forgets_tokens_and_keeps_memory() -> None:
-    cache = KVCache(MODEL, "portable", max_tokens=64, max_new_tokens=4)
-    for _ in range(8):
-        append_marked(cache, 4)
-    before = cache.nbytes
-    cache.clear()
-    append_marked(cache, 2)
-    fresh = KVCache(MODEL, "portable", max_tokens=64, max_new_tokens=4)
-    append_marked(fresh, 2)
-    assert_same_rows(cache, fresh)
-    assert cache.nbytes == before
-
-
 def test_context_overflow_is_refused_and_changes_nothing() -> None:
-    cache = KVCache(MODEL, "portable", max_tokens=1500, max_new_tokens=1400)
+    cache = KVCache(MODEL, "float32", max_tokens=1500, max_new_tokens=1400)
     append_marked(cache, 1400)
     with pytest.raises(RequestError, match="context: 1,501 tokens are needed, 1,500 fit"):
         cache.make_room(101)
     assert cache.num_tokens == 1400
     append_marked(cache, 100)
+
+
+# what adding tokens costs
+
+
+@each_kv_dtype
+def test_no_row_of_a_full_layer_ever_moves(kv_dtype: KVDtype) -> None:
+    cache = KVCache(MODEL, kv_dtype, max_tokens=4000, max_new_tokens=17)
+    before = addresses(cache)
+    while cache.num_tokens < 3900:
+        append_marked(cache, 13)
+        assert addresses(cache) == before
+    for kind, _, array in cache.arrays():
+        if kind == "full":
+            values = encode_rows(np.repeat(np.arange(cache.num_tokens, dtype=np.float32)[:, None], 6, 1), kv_dtype)
+            np.testing.assert_array_equal(array[: cache.num_tokens], values)
+    cache.clear()
+    assert addresses(cache) == before
+
+
+def test_tokens_one_by_one_move_a_window_once_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    max_new, num_moved = 50, []
+    compact = KVCache._compact
+
+    def counted(cache: KVCache, kind: Any) -> None:
+        compact(cache, kind)
+        num_moved.append(cache.new_row("sliding"))
+
+    monkeypatch.setattr(KVCache, "_compact", counted)
+    cache = KVCache(MODEL, "float32", max_tokens=2000, max_new_tokens=max_new)
+    for _ in range(2000):
+        append_marked(cache, 1)
+    assert len(num_moved) == (2000 - WINDOW - 1 - 1) // max_new
+    assert set(num_moved) == {WINDOW + 1}
+
+
+# memory
+
+
+@each_kv_dtype
+@pytest.mark.parametrize("max_new_tokens", [1, 17, 512])
+@pytest.mark.parametrize("num_tokens", [1, 512, 513, 3000])
+def test_planned_bytes_are_those_of_the_rows(kv_dtype: KVDtype, num_tokens: int, max_new_tokens: int) -> None:
+    cache = KVCache(MODEL, kv_dtype, max_tokens=4096, max_new_tokens=max_new_tokens)
+    assert cache.nbytes == 0
+    while cache.num_tokens < num_tokens:
+        append_marked(cache, min(max_new_tokens, num_tokens - cache.num_tokens))
+    num_sliding = min(num_tokens, WINDOW + 1 + max_new_tokens)
+    planned = num_tokens * full_bytes_per_token(MODEL, kv_dtype)
+    planned += sliding_bytes(MODEL, kv_dtype, max_new_tokens) * num_sliding // (WINDOW + 1 + max_new_tokens)
+    assert planned <= cache.nbytes < planned + NUM_ARRAYS * PAGE_BYTES
+
+
+@pytest.mark.parametrize(("kv_dtype", "full", "sliding"), [("float32", 24, 16), ("float16", 12, 8), ("int8", 8, 6)])
+def test_planned_bytes_by_hand(kv_dtype: KVDtype, full: int, sliding: int) -> None:
+    # keys and values: one full owner of 1 head x 6, two sliding owners of 2 heads x 4
+    assert full_bytes_per_token(MODEL, kv_dtype) == 2 * full
+    assert sliding_bytes(MODEL, kv_dtype, 17) == 2 * 2 * 2 * sliding * (WINDOW + 1 + 17)
+
+
+@pytest.mark.parametrize(("head_dim", "num_bytes"), [(64, 66), (65, 69), (128, 132), (256, 264), (512, 528)])
+def test_an_int8_row_has_a_scale_for_each_64_values(head_dim: int, num_bytes: int) -> None:
+    assert row_bytes(head_dim, "int8") == num_bytes
+    values = np.random.default_rng(0).standard_normal((9, head_dim)).astype(np.float32)
+    rows = encode_rows(values, "int8")
+    assert rows.shape == (9, num_bytes)
+    num_blocks = (num_bytes - head_dim) // 2
+    scales = np.repeat(rows[:, head_dim:].copy().view(np.float16).astype(np.float32), 64, axis=1)[:, :head_dim]
+    assert scales.size and num_blocks == -(-head_dim // 64)
+    # half a step, and some roundings of float32
+    assert (np.abs(decode_rows(rows, head_dim) - values) <= scales * 0.5001).all()
+
+
+def test_arrays_share_no_page() -> None:
+    cache = KVCache(MODEL, "int8", max_tokens=100, max_new_tokens=4)
+    assert all(address % PAGE_BYTES == 0 for address, _ in addresses(cache).values())
+    assert len({address for address, _ in addresses(cache).values()}) == NUM_ARRAYS
+
+
+def test_clear_keeps_the_memory_of_a_short_conversation() -> None:
+    cache = KVCache(MODEL, "float32", max_tokens=100_000, max_new_tokens=1000)
+    for num_tokens in (1000, 50_000):
+        while cache.num_tokens < num_tokens:
+            append_marked(cache, 1000)
+        cache.clear()
+        kept = 2 * -(-KEPT_TOKENS * 24 // PAGE_BYTES) * PAGE_BYTES
+        assert cache.nbytes == kept + 8 * -(-1009 * 16 // PAGE_BYTES) * PAGE_BYTES
+
+
+def test_too_few_addresses_are_an_error_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(reserved_memory.mmap, "mmap", refuse)
+    match = r"no 92 MiB of addresses for the KV cache; raise its limit \(ulimit -v\) or lower context_tokens"
+    with pytest.raises(MemoryBudgetError, match=match):
+        KVCache(MODEL, "float32", max_tokens=2_000_000, max_new_tokens=4)
+
+
+# What a process has resident beside what the cache says, after each step of a long and a short conversation.
+CHILD = """
+import numpy as np
+from runtime.kv_cache import KVCache
+from runtime.memory import memory_usage
+from tests.runtime.test_kv_cache import MODEL, append_marked
+
+def resident():
+    return memory_usage().anonymous_bytes
+
+cache = KVCache(MODEL, "float16", max_tokens=1 << 24, max_new_tokens=1 << 15)
+rows = np.empty(1 << 20, np.uint8)  # what one step writes below is there before the first is measured
+for _ in range(2):
+    append_marked(cache, 1 << 15)
+    cache.clear()
+base = resident() - cache.nbytes
+for num_tokens in (1 << 15, 1 << 18, 1 << 20, 0, 1 << 16, 1 << 19):
+    if num_tokens < cache.num_tokens:
+        cache.clear()
+    while cache.num_tokens < num_tokens:
+        append_marked(cache, 1 << 15)
+    print(cache.num_tokens, cache.nbytes, resident() - base)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count other pages")
+def test_resident_memory_follows_the_tokens() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        num_tokens, nbytes, found = map(int, line.split())
+        # 24 bytes of a token in the full layers; a heap that grows for temporary arrays is the rest
+        assert nbytes >= 24 * num_tokens
+        assert abs(found - nbytes) < 1 << 20, line

@@ -196,9 +196,9 @@ def test_a_cut_manifest(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "match"),
     [
-        (4, "format version 4 is newer than 3, which this program reads; update gemma-edge or re-export"),
-        (2, "format version 2 is older than 3, which this program reads; re-export"),
-        (0, "format version 0 is older than 3, which this program reads; re-export"),
+        (5, "format version 5 is newer than 4, which this program reads; update gemma-edge or re-export"),
+        (3, "format version 3 is older than 4, which this program reads; re-export"),
+        (0, "format version 0 is older than 4, which this program reads; re-export"),
         ("1", "format_version is '1', expected an integer"),
         (True, "format_version is True, expected an integer"),
         (None, "format_version is None, expected an integer"),

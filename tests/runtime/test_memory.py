@@ -1,12 +1,15 @@
 import mmap
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runtime import memory
-from runtime.memory import MemoryUsage, PeakMemory, memory_usage, release_free_memory
+from runtime.memory import MemoryUsage, PeakMemory, keep_large_blocks_apart, memory_usage, release_free_memory
 
+ROOT = Path(__file__).parents[2]
 SIZE = 50_000_000
 # the kernel counts up to 64 pages a thread late, and the test itself needs a little
 SLACK = 5_000_000
@@ -61,7 +64,7 @@ def test_systems_that_do_not_say_what_is_anonymous(
     assert usage.mapped_bytes >= 0
 
 
-@pytest.mark.skipif(memory._malloc_trim() is None, reason="the C library gives nothing back")
+@pytest.mark.skipif(memory._glibc() is None, reason="the C library gives nothing back")
 def test_free_memory_is_given_back() -> None:
     blocks = [bytes(10_000) for _ in range(SIZE // 10_000)]  # too small to be mapped alone
     last = bytes(10_000)  # above them in the heap, which shrinks from its end alone
@@ -84,7 +87,36 @@ def test_a_c_library_that_gives_nothing_back(
 ) -> None:
     monkeypatch.setattr(memory.sys, "platform", platform)
     monkeypatch.setattr(memory.ctypes, "CDLL", library)
-    memory._malloc_trim.cache_clear()
+    memory._glibc.cache_clear()
     release_free_memory()
-    assert memory._malloc_trim() is None
-    memory._malloc_trim.cache_clear()
+    keep_large_blocks_apart()
+    assert memory._glibc() is None
+    memory._glibc.cache_clear()
+
+
+BLOCKS = """
+from runtime.memory import keep_large_blocks_apart, memory_usage
+import numpy as np, sys
+if sys.argv[1] == "apart":
+    keep_large_blocks_apart()
+size = 8 << 20
+del_first = np.ones(size, np.uint8)  # raises glibc's threshold once it is freed
+del del_first
+before = memory_usage().anonymous_bytes
+held = []
+for _ in range(8):
+    block, behind = np.ones(size, np.uint8), np.ones(4096, np.uint8)  # what is behind stays: the heap cannot shrink
+    held.append(behind)
+    del block
+    size -= 1 << 16
+print(memory_usage().anonymous_bytes - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_large_blocks_leave_no_holes() -> None:
+    kept = {}
+    for mode in ("apart", "default"):
+        command = [sys.executable, "-c", BLOCKS, mode]
+        kept[mode] = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert kept["apart"] < 1 << 20 < 4 << 20 < kept["default"]

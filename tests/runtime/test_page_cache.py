@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import engine, native
+from runtime import loading, native
 from runtime.engine import Runtime
 from runtime.errors import ArtifactError
 from runtime.page_cache import read_ahead
@@ -176,7 +176,7 @@ def test_a_file_that_vanishes(paths: list[Path], threads: Threads, faults: list[
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
     """What the engine reads ahead."""
     calls: list[list[Path]] = []
-    monkeypatch.setattr(engine, "read_ahead", lambda paths: calls.append(list(paths)))
+    monkeypatch.setattr(loading, "read_ahead", lambda paths: calls.append(list(paths)))
     return calls
 
 

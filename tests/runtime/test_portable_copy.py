@@ -13,7 +13,7 @@ import pytest
 
 from edge import Runtime, generate_cli
 from profiles import DeviceProfile
-from runtime import convert, engine, portable_copy
+from runtime import convert, engine, loading, portable_copy
 from runtime.errors import ArtifactError, DestinationError
 from runtime.manifest import read_manifest
 from tests.commands import Capture, assert_fails, contents, run
@@ -67,7 +67,7 @@ def test_ops_that_can_be_used_need_no_copy(
     artifact: Path, one_thread: DeviceProfile, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.native, "unusable_because", lambda: None)
-    monkeypatch.setattr(engine, "_open", lambda *opened: opened)
+    monkeypatch.setattr(loading, "_open", lambda *opened: opened)
     undrafted = replace(one_thread, num_draft_tokens=0)  # nothing is measured
     assert Runtime.load(artifact, profile=undrafted)._loaded[0] == artifact  # type: ignore[index]  # see `_open` above
     assert not (cache / "portable").exists()

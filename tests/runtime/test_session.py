@@ -5,8 +5,8 @@ from dataclasses import replace
 import onnxruntime as ort
 import pytest
 
+from profiles import cores
 from runtime import native
-from runtime.errors import RequestError
 from runtime.memory import memory_usage
 from runtime.session import CPU, open_session
 
@@ -30,8 +30,18 @@ def test_a_gpu_provider_never_gets_the_kv_cache(tiny_artifact, one_thread, monke
     both = replace(one_thread, providers=("CUDAExecutionProvider", CPU))
     open_session(tiny_artifact("wide") / "decoder.onnx", both)
     assert asked == [[CPU]]
-    with pytest.raises(RequestError, match="asks for CUDAExecutionProvider; this version runs on CPUExecutionProvider"):
-        open_session(tiny_artifact("wide") / "decoder.onnx", replace(one_thread, providers=("CUDAExecutionProvider",)))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 64])
+def test_threads_are_those_of_the_profile(tiny_artifact, one_thread, num_threads):
+    session = open_session(tiny_artifact("wide") / "decoder.onnx", replace(one_thread, num_threads=num_threads))
+    assert session.get_session_options().intra_op_num_threads == num_threads  # 48: more than the machine has, too
+
+
+def test_threads_are_as_many_as_performance_cores(tiny_artifact, one_thread, monkeypatch):
+    monkeypatch.setattr(cores, "performance_cores", lambda: 3)
+    session = open_session(tiny_artifact("wide") / "decoder.onnx", replace(one_thread, num_threads=0))
+    assert session.get_session_options().intra_op_num_threads == 3
 
 
 @pytest.mark.parametrize(("layout", "keeps"), [("portable", True), ("native", False)])

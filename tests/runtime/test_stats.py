@@ -44,6 +44,7 @@ def test_figures_of_drafting(clock: Clock) -> None:
     costs = StepCosts((1.0, 1.1), 0.01)
     recorder = StatsRecorder(10, costs)
     clock.now = 2.0
+    recorder.counts.num_prefilled_tokens = 10
     recorder.step(1)
     for source, num_drafted, num_accepted in (("drafter", 3, 2), ("lookup", 2, 0), ("plain", 0, 0)):
         recorder.counts.count(num_drafted, num_accepted, source)  # type: ignore[arg-type]
@@ -57,3 +58,17 @@ def test_figures_of_drafting(clock: Clock) -> None:
     assert stats.step_costs == costs
     assert (stats.prefill_tokens_per_second, stats.decode_tokens_per_second) == (5.0, 5 / 3)
     assert json.loads(json.dumps(asdict(stats)))["step_costs"]["verify_seconds"] == [1.0, 1.1]
+
+
+def test_a_prefill_behind_a_slide_is_no_decoding(clock: Clock) -> None:
+    recorder = StatsRecorder(30)
+    for seconds, num_prefilled, num_tokens in ((2.0, 20, 1), (1.0, 0, 3), (4.0, 40, 1), (1.0, 0, 2)):
+        clock.now += seconds
+        recorder.counts.num_prefilled_tokens += num_prefilled
+        recorder.step(num_tokens)
+    recorder.counts.num_slides, recorder.counts.num_dropped_tokens = 2, 25
+    stats = recorder.finish(7)
+    assert (stats.num_prompt_tokens, stats.num_prefilled_tokens) == (30, 60)
+    assert (stats.num_slides, stats.num_dropped_tokens) == (2, 25)
+    assert stats.time_to_first_token_ms == 2000
+    assert (stats.prefill_tokens_per_second, stats.decode_tokens_per_second) == (60 / 6, 5 / 2)

@@ -1,12 +1,13 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime import engine, native
+from runtime import loading, native
 from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
 from runtime.engine import Runtime
@@ -196,7 +197,7 @@ def test_the_second_load_measures_nothing(
         assert costs is not None
         assert costs.draft_seconds is not None
         assert runtime.generate([2, 5, 7], max_tokens=4, num_draft_tokens=2).stats.step_costs is None
-    monkeypatch.setattr(engine, "measure_step_costs", None)
+    monkeypatch.setattr(loading, "measure_step_costs", None)
     with Runtime.load(tiny_artifact("wide"), profile=ONE_THREAD) as runtime:
         assert runtime.generate([2, 5, 7], max_tokens=4).stats.step_costs == costs
 
@@ -204,6 +205,18 @@ def test_the_second_load_measures_nothing(
 def test_a_load_without_a_cache_folder_measures_again(
     tiny_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "user_cache_folder", lambda: None)
+    monkeypatch.setattr(loading, "user_cache_folder", lambda: None)
     with Runtime.load(tiny_artifact("wide"), profile=ONE_THREAD) as runtime:
         assert runtime.generate([2, 5, 7], max_tokens=4).stats.step_costs is not None
+
+
+def test_costs_are_those_of_the_threads_that_compute(
+    tiny_artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache, manifest = tmp_path / "gemma-edge", tiny_artifact("wide") / "manifest.json"
+    for num_cores in (1, 2):  # after a change of affinity or quota, the same profile has other costs
+        monkeypatch.setattr("profiles.cores.performance_cores", lambda num_cores=num_cores: num_cores)
+        with Runtime.load(manifest.parent, profile=replace(ONE_THREAD, num_threads=0)):
+            assert costs_record(cache, manifest, num_cores).exists()
+    assert len(list(cache.glob("costs-*"))) == 2

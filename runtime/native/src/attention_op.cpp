@@ -75,12 +75,10 @@ class CachedAttention::Call {
     Call(const CachedAttention& op, const Context& context) : op_(op), context_(context) {
         read_activations();
         read_rows();
+        type_ = type_of(context.input(5).last());
         for (int head = 0; head < op_.num_kv_heads_; head++) {
-            const Tensor keys = context.input(size_t(5 + 2 * head)), values = context.input(size_t(6 + 2 * head));
-            require(keys.last() == head_dim_ && values.last() == head_dim_, "a KV row has another size than head_dim");
-            require(stop_ <= std::min(keys.num_rows(), values.num_rows()), "rows lie outside of the KV arrays");
-            keys_[head] = static_cast<uint16_t*>(keys.data);
-            values_[head] = static_cast<uint16_t*>(values.data);
+            keys_[head] = read_cache(context.input(size_t(5 + 2 * head)));
+            values_[head] = read_cache(context.input(size_t(6 + 2 * head)));
         }
     }
 
@@ -135,6 +133,21 @@ class CachedAttention::Call {
         position_ = int(position);
     }
 
+    // Of two values a row has the same size in float16 and int8; it is float16, whoever asks.
+    KvType type_of(int64_t row_bytes) const {
+        for (const KvType type : {KvType::float32, KvType::float16, KvType::int8})
+            if (row_bytes == kv_row_bytes(type, head_dim_)) return type;
+        throw OpError("a KV row has another size than head_dim values take in any type");
+    }
+
+    uint8_t* read_cache(const Tensor& array) const {
+        require(array.rank == 2 && array.last() == row_bytes(), "KV rows differ in size");
+        require(stop_ <= array.num_rows(), "rows lie outside of the KV arrays");
+        require(reinterpret_cast<uintptr_t>(array.data) % alignof(float) == 0, "KV rows are not aligned to 4 bytes");
+        return static_cast<uint8_t*>(array.data);
+    }
+
+    int row_bytes() const { return kv_row_bytes(type_, head_dim_); }
     int num_tiles() const { return int(tiles_.size()); }
     int tiles_of_a_kv_head() const { return (group_ + kTileQueries - 1) / kTileQueries; }
     size_t tile_rows() const { return group_ <= kSmallTileQueries ? kSmallTileQueries : kTileQueries; }
@@ -186,14 +199,14 @@ class CachedAttention::Call {
             k.norm_rotate(head, norms_.floats(), dim, op_.epsilon_, cos, sin, query);
         }
         if (!owns_kv_) return;
-        const size_t place = size_t(first_new_row() + token) * size_t(dim);
+        const size_t place = size_t(first_new_row() + token) * size_t(row_bytes());
         for (int h = 0; h < op_.num_kv_heads_; h++, head += dim) {
             k.norm_rotate(head, norms_.floats() + dim, dim, op_.epsilon_, cos, sin, row);
-            k.to_halves(row, keys_[h] + place, dim);
+            k.store_row(row, dim, type_, keys_[h] + place);
         }
         for (int h = 0; h < op_.num_kv_heads_; h++, head += dim) {
             k.norm_rotate(head, nullptr, dim, op_.epsilon_, nullptr, nullptr, row);
-            k.to_halves(row, values_[h] + place, dim);
+            k.store_row(row, dim, type_, values_[h] + place);
         }
     }
 
@@ -206,9 +219,9 @@ class CachedAttention::Call {
             std::fill_n(result.sum, kTileQueries, 0.0f);
             return;
         }
-        const size_t place = size_t(first) * size_t(head_dim_);
-        kernels_.attend({queries_of(index), tile.num_queries, head_dim_, padded(head_dim_), keys_[tile.kv_head] + place,
-                         values_[tile.kv_head] + place, stop - first, reads_ahead},
+        const size_t place = size_t(first) * size_t(row_bytes());
+        kernels_.attend({queries_of(index), tile.num_queries, head_dim_, padded(head_dim_), type_,
+                         keys_[tile.kv_head] + place, values_[tile.kv_head] + place, stop - first, reads_ahead},
                         scores, result);
     }
 
@@ -323,7 +336,8 @@ class CachedAttention::Call {
     int num_tokens_ = 0, head_dim_ = 0, group_ = 1;
     bool owns_kv_ = false;
     int start_ = 0, stop_ = 0, position_ = 0;  // rows [start, stop), `position` is the token of row `start`
-    uint16_t *keys_[kMaxHeads], *values_[kMaxHeads];
+    KvType type_ = KvType::float16;
+    uint8_t *keys_[kMaxHeads], *values_[kMaxHeads];
     float* queries_ = nullptr;  // [tile][tile_rows()][padded head_dim]
     std::vector<Tile> tiles_;
     std::atomic<bool> out_of_memory_{false};

@@ -17,14 +17,14 @@ class Rotary {
 };
 
 // Inputs: x [R, heads * D], norms [1 or 2, D], cos and sin [R, D / 2], rows int64 [3] = (start, stop, position of
-// start), then keys and values float16 [capacity, D] of each KV head. With 2 norms x also holds the new keys and values,
-// which are written in place at rows [stop - R, stop). Query r sees rows up to stop - R + r, in a window the last
-// `window` of them.
+// start), then keys and values of each KV head as bytes [capacity, bytes of a row], which tell their KvType. With 2
+// norms x also holds the new keys and values, which are written in place at rows [stop - R, stop). Query r sees rows up
+// to stop - R + r, in a window the last `window` of them.
 class CachedAttention {
    public:
     static constexpr const char* kName = "CachedAttention";
     static constexpr Parameter kInputs[] = {{kOrtFloat}, {kOrtFloat}, {kOrtFloat},
-                                            {kOrtFloat}, {kOrtInt64}, {kOrtFloat16, kOrtVariadic}};
+                                            {kOrtFloat}, {kOrtInt64}, {kOrtUint8, kOrtVariadic}};
     static constexpr Parameter kOutputs[] = {{kOrtFloat}};
 
     explicit CachedAttention(const Attributes& attributes);

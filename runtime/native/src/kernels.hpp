@@ -24,16 +24,28 @@ struct QuantizedTile {
     int32_t* offsets;  // [num_blocks][num_rows]: -middle * sum of the block's codes
 };
 
+// What a row of the KV cache holds: floats, halves, or int8 codes with a float16 scale behind them for each block of
+// kKvBlock values, the last of which may be shorter.
+enum class KvType { float32, float16, int8 };
+constexpr int kKvBlock = 64;
+
+constexpr int kv_row_bytes(KvType type, int head_dim) {
+    return type == KvType::float32   ? 4 * head_dim
+           : type == KvType::float16 ? 2 * head_dim
+                                     : head_dim + 2 * ((head_dim + kKvBlock - 1) / kKvBlock);
+}
+
 // The queries of one token that share a KV head, and those keys of one segment that the token sees.
 struct AttentionSegment {
     const float* queries;  // [kSmallTileQueries or kTileQueries][row_size], zeros behind head_dim values
     int num_queries;       // rows behind these are read too, whatever they hold
     int head_dim;
-    int row_size;            // of queries and outputs: head_dim, rounded up to a multiple of kRowFloats
-    const uint16_t* keys;    // [num_keys][head_dim] float16
-    const uint16_t* values;  // [num_keys][head_dim] float16
-    int num_keys;            // 1 to kMaxSegmentKeys
-    bool reads_ahead;        // nobody has read these rows just now
+    int row_size;           // of queries and outputs: head_dim, rounded up to a multiple of kRowFloats
+    KvType type;            // of keys and values
+    const uint8_t* keys;    // [num_keys] rows
+    const uint8_t* values;  // [num_keys] rows
+    int num_keys;           // 1 to kMaxSegmentKeys
+    bool reads_ahead;       // nobody has read these rows just now
 };
 
 // Softmax numerators of some keys: sum and output are relative to the largest score.
@@ -64,8 +76,9 @@ struct Kernels {
     // y = rms_norm(x) * weight, no weight where it is null; then, where cos: rotary on its halves
     void (*norm_rotate)(const float* x, const float* weight, int size, float epsilon, const float* cos,
                         const float* sin, float* y);
-    // y = x as float16, rounded to the nearest, halfway cases to even
-    void (*to_halves)(const float* x, uint16_t* y, int count);
+    // A row of the KV cache; each value goes to the nearest one that the type has, halfway cases to even. Of int8 a
+    // block with a NaN or an infinity has the scale NaN.
+    void (*store_row)(const float* x, int head_dim, KvType type, uint8_t* row);
     // Softmax numerators of one segment; `scores` is scratch of kScoreFloats.
     void (*attend)(const AttentionSegment& segment, float* scores, const AttentionState& result);
     // y = keep * y + take * x

@@ -190,7 +190,7 @@ constexpr edge::Kernels table = {
     softcap<Vec16>,
     norm_add<Vec16>,
     norm_rotate<Vec16>,
-    to_halves<Vec16>,
+    store_row<Vec16>,
     attend<Vec16, Vec8, 16>,
     scale_add<Vec16>,
     largest_of<Vec16>,

@@ -205,7 +205,7 @@ constexpr edge::Kernels table_of(const char* name) {
             softcap<Vec4>,
             norm_add<Vec4>,
             norm_rotate<Vec4>,
-            to_halves<Vec4>,
+            store_row<Vec4>,
             attend<Vec4, Vec4, 16>,
             scale_add<Vec4>,
             largest_of<Vec4>};

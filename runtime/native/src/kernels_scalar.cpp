@@ -96,7 +96,7 @@ constexpr edge::Kernels table = {
     softcap<Vec1>,
     norm_add<Vec1>,
     norm_rotate<Vec1>,
-    to_halves<Vec1>,
+    store_row<Vec1>,
     attend<Vec1, Vec1, 8>,
     scale_add<Vec1>,
     largest_of<Vec1>,

@@ -41,7 +41,7 @@ enum OrtApiIndex {
 };
 
 enum OrtErrorCode { kOrtFail = 1, kOrtInvalidArgument = 2 };
-enum OrtElementType { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt64 = 7, kOrtFloat16 = 10 };
+enum OrtElementType { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt64 = 7 };
 enum OrtCharacteristic { kOrtRequired = 0, kOrtOptional = 1, kOrtVariadic = 2 };
 
 // Every function pointer of the struct, in its order; those that stay null are not called for version 17.

@@ -174,7 +174,7 @@ constexpr edge::Kernels table_of(const char* name, int num_tile_rows) {
             softcap<Vec8>,
             norm_add<Vec8>,
             norm_rotate<Vec8>,
-            to_halves<Vec8>,
+            store_row<Vec8>,
             attend<Vec8, Vec8, 8>,
             scale_add<Vec8>,
             largest_of<Vec8>};

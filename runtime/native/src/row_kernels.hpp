@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "float16.hpp"
 #include "kernels.hpp"
 #include "target.hpp"
 
@@ -150,14 +151,57 @@ void norm_rotate(const float* x, const float* weight, int size, float epsilon, c
     }
 }
 
-// Up to V::lanes halves as floats; the rest of the vector is zero.
+// ---- rows of the KV cache
+//
+// A reader gives values of one row as floats, those of the block of kKvBlock dimensions that `dim` lies in.
+
 template <class V>
-inline typename V::T load_halves(const uint16_t* p, int count) {
-    if (count >= V::lanes) return V::load_halves(p);
-    uint16_t padded[V::lanes] = {};
-    std::memcpy(padded, p, sizeof(uint16_t) * size_t(count));
-    return V::load_halves(padded);
-}
+struct FloatRow {
+    static constexpr edge::KvType type = edge::KvType::float32;
+    static constexpr int value_bytes = 4;
+    FloatRow(const uint8_t* row, int, int) : values(reinterpret_cast<const float*>(row)) {}
+    typename V::T load(int d) const { return V::load(values + d); }
+    typename V::T load_part(int d, int count) const { return ::load_part<V>(values + d, count); }
+    const float* values;
+};
+
+template <class V>
+struct HalfRow {
+    static constexpr edge::KvType type = edge::KvType::float16;
+    static constexpr int value_bytes = 2;
+    HalfRow(const uint8_t* row, int, int) : values(reinterpret_cast<const uint16_t*>(row)) {}
+    typename V::T load(int d) const { return V::load_halves(values + d); }
+    typename V::T load_part(int d, int count) const {
+        if (count >= V::lanes) return load(d);
+        uint16_t padded[V::lanes] = {};
+        std::memcpy(padded, values + d, sizeof(uint16_t) * size_t(count));
+        return V::load_halves(padded);
+    }
+    const uint16_t* values;
+};
+
+// The place of a block's scale behind a row's codes.
+inline size_t scale_place(int head_dim, int dim) { return size_t(head_dim) + 2 * size_t(dim / edge::kKvBlock); }
+
+template <class V>
+struct CodeRow {
+    static constexpr edge::KvType type = edge::KvType::int8;
+    static constexpr int value_bytes = 1;
+    CodeRow(const uint8_t* row, int head_dim, int dim) : codes(reinterpret_cast<const int8_t*>(row)) {
+        uint16_t half;
+        std::memcpy(&half, row + scale_place(head_dim, dim), sizeof half);
+        scale = V::set_half(half);
+    }
+    typename V::T load(int d) const { return V::mul(V::load_codes(codes + d), scale); }
+    typename V::T load_part(int d, int count) const {
+        if (count >= V::lanes) return load(d);
+        int8_t padded[V::lanes] = {};
+        std::memcpy(padded, codes + d, size_t(count));
+        return V::mul(V::load_codes(padded), scale);
+    }
+    const int8_t* codes;
+    typename V::T scale;
+};
 
 // Up to V::lanes floats as halves, rounded to the nearest, halfway cases to even.
 template <class V>
@@ -168,29 +212,84 @@ inline void store_halves(uint16_t* p, typename V::T a, int count) {
     std::memcpy(p, padded, sizeof(uint16_t) * size_t(count));
 }
 
+// Up to V::lanes floats, at most 127 in size, as codes.
 template <class V>
-void to_halves(const float* x, uint16_t* y, int count) {
-    for (int i = 0; i < count; i += V::lanes) store_halves<V>(y + i, load_part<V>(x + i, count - i), count - i);
+inline void store_codes(int8_t* p, typename V::T a, int count) {
+    if (count >= V::lanes) return V::store_codes(p, a);
+    int8_t padded[V::lanes];
+    V::store_codes(padded, a);
+    std::memcpy(p, padded, size_t(count));
 }
 
+// The largest absolute value, NaN where one is NaN or infinite.
+template <class V>
+float largest_magnitude(const float* x, int count) {
+    auto largest = V::set(0.0f), poison = V::set(0.0f);
+    for (int i = 0; i < count; i += V::lanes) {
+        const auto part = load_part<V>(x + i, count - i);
+        largest = V::max(largest, V::max(part, V::sub(V::set(0.0f), part)));
+        poison = V::fma(part, V::set(0.0f), poison);
+    }
+    float lanes[V::lanes], result = 0.0f;
+    V::store(lanes, largest);
+    for (const float value : lanes) result = value > result ? value : result;
+    return result + V::sum(poison);
+}
+
+// One block of int8: codes are those of the scale as it is stored. A scale below float16's numbers is 0.
+template <class V>
+void store_block(const float* x, int count, int8_t* codes, uint8_t* place) {
+    const uint16_t half = half_of_float(largest_magnitude<V>(x, count) / 127.0f);
+    const float scale = float_of_half(half);
+    std::memcpy(place, &half, sizeof half);
+    if (!(scale > 0.0f && scale < INFINITY)) {  // NaN times 0 is NaN, and so is infinity
+        std::memset(codes, 0, size_t(count));
+        return;
+    }
+    const auto inverse = V::set(1.0f / scale), most = V::set(127.0f), least = V::set(-127.0f);
+    for (int i = 0; i < count; i += V::lanes) {
+        const auto steps = V::mul(load_part<V>(x + i, count - i), inverse);
+        store_codes<V>(codes + i, V::min(V::max(steps, least), most), count - i);
+    }
+}
+
+template <class V>
+void store_row(const float* x, int head_dim, edge::KvType type, uint8_t* row) {
+    if (type == edge::KvType::float32) {
+        std::memcpy(row, x, sizeof(float) * size_t(head_dim));
+    } else if (type == edge::KvType::float16) {
+        auto* halves = reinterpret_cast<uint16_t*>(row);
+        for (int i = 0; i < head_dim; i += V::lanes)
+            store_halves<V>(halves + i, load_part<V>(x + i, head_dim - i), head_dim - i);
+    } else {
+        for (int dim = 0; dim < head_dim; dim += edge::kKvBlock) {
+            const int count = head_dim - dim < edge::kKvBlock ? head_dim - dim : edge::kKvBlock;
+            store_block<V>(x + dim, count, reinterpret_cast<int8_t*>(row) + dim, row + scale_place(head_dim, dim));
+        }
+    }
+}
+
+// ---- attention
+
 // Asks for one cache line of rows that are needed soon. Past the last row is harmless.
-inline void read_ahead(const AttentionSegment& s, int key, int num_keys, int dim) {
+inline void read_ahead(const AttentionSegment& s, size_t row_bytes, int key, int num_keys, int offset) {
     constexpr int kKeysAhead = 8;
     for (int k = key; k < key + num_keys; k++) {
-        __builtin_prefetch(s.keys + size_t(k + kKeysAhead) * size_t(s.head_dim) + dim, 0, 3);
-        __builtin_prefetch(s.values + size_t(k) * size_t(s.head_dim) + dim, 0, 2);
+        __builtin_prefetch(s.keys + size_t(k + kKeysAhead) * row_bytes + offset, 0, 3);
+        __builtin_prefetch(s.values + size_t(k) * row_bytes + offset, 0, 2);
     }
 }
 
 // scores[key][query] = query . key for KEYS keys from `key` on; the last key stands for those behind it.
-template <class V, int QUERIES, int KEYS>
+template <class V, class Row, int QUERIES, int KEYS>
 inline void score_keys(const AttentionSegment& s, int key, float* scores) {
-    constexpr int kSums = KEYS * QUERIES, kLineDims = 32;
+    constexpr int kSums = KEYS * QUERIES, kLineDims = 64 / Row::value_bytes;
     static_assert(kSums % V::lanes == 0, "sums are folded a vector at a time");
-    const uint16_t* rows[KEYS];
+    const size_t row_bytes = size_t(edge::kv_row_bytes(Row::type, s.head_dim));
+    const uint8_t* places[KEYS];
     for (int k = 0; k < KEYS; k++) {
         const int row = key + k < s.num_keys ? key + k : s.num_keys - 1;
-        rows[k] = s.keys + size_t(row) * size_t(s.head_dim);
+        places[k] = s.keys + size_t(row) * row_bytes;
     }
     typename V::T sums[kSums];
     UNROLL for (int i = 0; i < kSums; i++) sums[i] = V::set(0.0f);
@@ -201,17 +300,20 @@ inline void score_keys(const AttentionSegment& s, int key, float* scores) {
                 sums[k * QUERIES + q] = V::fma(parts[k], query, sums[k * QUERIES + q]);
         }
     };
-    int d = 0;
-    for (; d + V::lanes <= s.head_dim; d += V::lanes) {
-        if (s.reads_ahead && d % kLineDims == 0) read_ahead(s, key, KEYS, d);
-        typename V::T parts[KEYS];
-        UNROLL for (int k = 0; k < KEYS; k++) parts[k] = V::load_halves(rows[k] + d);
-        add(d, parts);
-    }
-    if (d < s.head_dim) {
-        typename V::T parts[KEYS];
-        for (int k = 0; k < KEYS; k++) parts[k] = load_halves<V>(rows[k] + d, s.head_dim - d);
-        add(d, parts);
+    for (int block = 0; block < s.head_dim; block += edge::kKvBlock) {
+        const int stop = block + edge::kKvBlock < s.head_dim ? block + edge::kKvBlock : s.head_dim;
+        int d = block;
+        for (; d + V::lanes <= stop; d += V::lanes) {
+            if (s.reads_ahead && d % kLineDims == 0) read_ahead(s, row_bytes, key, KEYS, d * Row::value_bytes);
+            typename V::T parts[KEYS];
+            UNROLL for (int k = 0; k < KEYS; k++) parts[k] = Row(places[k], s.head_dim, block).load(d);
+            add(d, parts);
+        }
+        if (d < stop) {
+            typename V::T parts[KEYS];
+            for (int k = 0; k < KEYS; k++) parts[k] = Row(places[k], s.head_dim, block).load_part(d, stop - d);
+            add(d, parts);
+        }
     }
     float totals[kSums];
     for (int i = 0; i < kSums; i += V::lanes) V::store(totals + i, V::fold(sums + i));
@@ -220,16 +322,18 @@ inline void score_keys(const AttentionSegment& s, int key, float* scores) {
 }
 
 // output[query][dim ...] = sum of weights[key][query] * value[key][dim ...], for VECTORS vectors of dimensions.
-template <class V, int QUERIES, int VECTORS, bool WHOLE>
+template <class V, class Row, int QUERIES, int VECTORS, bool WHOLE>
 inline void add_values(const AttentionSegment& s, int dim, const float* weights, float* output) {
+    static_assert(edge::kKvBlock % (VECTORS * V::lanes) == 0, "the dimensions at hand lie in one block");
     typename V::T sums[QUERIES][VECTORS];
     UNROLL for (int q = 0; q < QUERIES; q++)
         UNROLL for (int v = 0; v < VECTORS; v++) sums[q][v] = V::set(0.0f);
+    const size_t row_bytes = size_t(edge::kv_row_bytes(Row::type, s.head_dim));
     for (int key = 0; key < s.num_keys; key++) {
-        const uint16_t* row = s.values + size_t(key) * size_t(s.head_dim) + dim;
+        const Row row(s.values + size_t(key) * row_bytes, s.head_dim, dim);
         typename V::T parts[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++)
-            parts[v] = load_halves<V>(row + v * V::lanes, WHOLE ? V::lanes : s.head_dim - dim);
+            parts[v] = WHOLE ? row.load(dim + v * V::lanes) : row.load_part(dim, s.head_dim - dim);
         UNROLL for (int q = 0; q < QUERIES; q++) {
             const auto weight = V::set(weights[key * kTileQueries + q]);
             UNROLL for (int v = 0; v < VECTORS; v++) sums[q][v] = V::fma(parts[v], weight, sums[q][v]);
@@ -260,23 +364,32 @@ void exponentiate(const AttentionSegment& s, float* scores, const AttentionState
 }
 
 // SUMS sums stay in registers, enough that they hide each other's latency. None of the sizes changes a result.
-template <class V, class Lanes, int QUERIES, int SUMS>
+template <class V, class Lanes, class Row, int QUERIES, int SUMS>
 void attend_queries(const AttentionSegment& s, float* scores, const AttentionState& result) {
     constexpr int kKeys = SUMS / QUERIES, kVectors = SUMS / QUERIES;
-    for (int key = 0; key < s.num_keys; key += kKeys) score_keys<V, QUERIES, kKeys>(s, key, scores);
+    for (int key = 0; key < s.num_keys; key += kKeys) score_keys<V, Row, QUERIES, kKeys>(s, key, scores);
     exponentiate<Lanes>(s, scores, result);
     int dim = 0;
     for (; dim + kVectors * V::lanes <= s.head_dim; dim += kVectors * V::lanes)
-        add_values<V, QUERIES, kVectors, true>(s, dim, scores, result.output);
-    for (; dim < s.head_dim; dim += V::lanes) add_values<V, QUERIES, 1, false>(s, dim, scores, result.output);
+        add_values<V, Row, QUERIES, kVectors, true>(s, dim, scores, result.output);
+    for (; dim < s.head_dim; dim += V::lanes) add_values<V, Row, QUERIES, 1, false>(s, dim, scores, result.output);
+}
+
+template <class V, class Lanes, class Row, int SUMS>
+void attend_rows(const AttentionSegment& segment, float* scores, const AttentionState& result) {
+    constexpr int kSmall = edge::kSmallTileQueries;
+    if (segment.num_queries <= kSmall) attend_queries<V, Lanes, Row, kSmall, SUMS>(segment, scores, result);
+    else attend_queries<V, Lanes, Row, kTileQueries, SUMS>(segment, scores, result);
 }
 
 // V holds dimensions, Lanes queries.
 template <class V, class Lanes, int SUMS>
 void attend(const AttentionSegment& segment, float* scores, const AttentionState& result) {
-    constexpr int kSmall = edge::kSmallTileQueries;
-    if (segment.num_queries <= kSmall) attend_queries<V, Lanes, kSmall, SUMS>(segment, scores, result);
-    else attend_queries<V, Lanes, kTileQueries, SUMS>(segment, scores, result);
+    switch (segment.type) {
+        case edge::KvType::float32: return attend_rows<V, Lanes, FloatRow<V>, SUMS>(segment, scores, result);
+        case edge::KvType::float16: return attend_rows<V, Lanes, HalfRow<V>, SUMS>(segment, scores, result);
+        case edge::KvType::int8: return attend_rows<V, Lanes, CodeRow<V>, SUMS>(segment, scores, result);
+    }
 }
 
 // y = keep * y + take * x

@@ -33,6 +33,15 @@ struct Vec8 {
         constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, kNearest));
     }
+    static T set_half(uint16_t a) { return _mm256_cvtph_ps(_mm_set1_epi16(int16_t(a))); }
+    static T load_codes(const int8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+    static void store_codes(int8_t* p, T a) {
+        const __m256i codes = _mm256_cvtps_epi32(a);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+    }
     // Lane i is the sum of vector i of 8.
     static T fold(const T* a) {
         const T low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));

@@ -33,6 +33,13 @@ struct Vec16 {
         constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, kNearest));
     }
+    static T set_half(uint16_t a) { return _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(a))); }
+    static T load_codes(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    static void store_codes(int8_t* p, T a) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
+    }
     // Lane i is the sum of vector i of 16.
     static T fold(const T* a) {
         const T low = add_quarters(fold4(a), fold4(a + 4)), high = add_quarters(fold4(a + 8), fold4(a + 12));

@@ -2,6 +2,8 @@
 #pragma once
 #include <arm_neon.h>
 
+#include <cstring>
+
 #include "target.hpp"
 
 namespace {
@@ -28,6 +30,18 @@ struct Vec4 {
     }
     static T load_halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static void store_halves(uint16_t* p, T a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+    static T set_half(uint16_t a) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a))); }
+    static T load_codes(const int8_t* p) {
+        int32_t bytes;
+        std::memcpy(&bytes, p, sizeof bytes);
+        const int8x8_t codes = vreinterpret_s8_s32(vdup_n_s32(bytes));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(codes))));
+    }
+    static void store_codes(int8_t* p, T a) {
+        const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(a));
+        const int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(words, words))), 0);
+        std::memcpy(p, &bytes, sizeof bytes);
+    }
     // Lane i is the sum of vector i of 4.
     static T fold(const T* a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
     static float sum(T a) { return vaddvq_f32(a); }

@@ -25,6 +25,9 @@ struct Vec1 {
     static T choose(T x, T low, T high, T value, T other) { return low <= x && x <= high ? value : other; }
     static T load_halves(const uint16_t* p) { return float_of_half(*p); }
     static void store_halves(uint16_t* p, T a) { *p = half_of_float(a); }
+    static T set_half(uint16_t a) { return float_of_half(a); }
+    static T load_codes(const int8_t* p) { return float(*p); }
+    static void store_codes(int8_t* p, T a) { *p = int8_t(round(a)); }
     static T fold(const T* a) { return *a; }
     static float sum(T a) { return a; }
     static bool any_above(T a, T limit) { return !(a <= limit); }

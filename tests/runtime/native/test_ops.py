@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from runtime.kv_rows import KV_BLOCK, KV_DTYPES, KVDtype, decode_rows, encode_rows
 from tests.layouts import needs_native
 from tests.runtime.native.op_models import (
     OpModel,
@@ -162,6 +163,7 @@ class Attention:
     window: int
     owns_kv: bool
     num_tokens: int
+    kv_dtype: KVDtype = "float16"
 
     def __post_init__(self) -> None:
         heads = self.num_heads + (2 * self.num_kv_heads if self.owns_kv else 0)
@@ -170,7 +172,8 @@ class Attention:
         angles = random(self.num_tokens, self.head_dim // 2, seed=2)
         self.cos, self.sin = np.cos(angles), np.sin(angles)
         pairs = range(2 * self.num_kv_heads)
-        self.cache = [random(self.num_tokens + 5, self.head_dim, seed=3 + i).astype(np.float16) for i in pairs]
+        rows = (random(self.num_tokens + 5, self.head_dim, seed=3 + i) for i in pairs)
+        self.cache = [encode_rows(values, self.kv_dtype) for values in rows]
         self.model = OpModel(
             "CachedAttention",
             self.inputs(0, 1, self.cache, 0),
@@ -204,7 +207,10 @@ class Attention:
             visible &= tokens[None] > tokens[:, None] - self.window
         outputs = []
         for head in range(self.num_heads):
-            keys, values = (cache[2 * (head // group) + i][: self.num_tokens].astype(np.float64) for i in range(2))
+            keys, values = (
+                decode_rows(cache[2 * (head // group) + i][: self.num_tokens], self.head_dim).astype(np.float64)
+                for i in range(2)
+            )
             scores = np.where(visible, queries[:, head] @ keys.T, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             outputs.append(weights / weights.sum(-1, keepdims=True) @ values)
@@ -221,11 +227,14 @@ class Attention:
         return rows
 
 
-ATTENTIONS = [
+Shape = tuple[int, int, int, int, bool, int]
+each_kv_dtype = pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+ATTENTIONS: list[Shape] = [
     (8, 1, 256, 0, True, 300),
     (8, 1, 64, 100, True, 400),
     (8, 2, 32, 33, True, 200),
     (6, 3, 6, 0, True, 150),
+    (4, 1, 150, 0, True, 140),  # the last block of an int8 row is shorter
     (8, 1, 128, 128, False, 300),
     (1, 1, 16, 0, False, 260),
     (40, 1, 16, 0, True, 40),
@@ -233,9 +242,10 @@ ATTENTIONS = [
 ]
 
 
+@each_kv_dtype
 @pytest.mark.parametrize("shape", ATTENTIONS)
-def test_attention_equals_the_reference(shape: tuple[int, int, int, int, bool, int]) -> None:
-    attention = Attention(*shape)
+def test_attention_equals_the_reference(shape: Shape, kv_dtype: KVDtype) -> None:
+    attention = Attention(*shape, kv_dtype)
     cache = [array.copy() for array in attention.cache]
     (y,) = attention.model.run(attention.inputs(0, attention.num_tokens, cache, 0))
     # scores are sums of head_dim float32 products: their error is what the exponential multiplies
@@ -245,15 +255,52 @@ def test_attention_equals_the_reference(shape: tuple[int, int, int, int, bool, i
         np.testing.assert_array_equal(array[first_untouched:], before[first_untouched:])
 
 
+def step_sizes(rows: Array, head_dim: int, kv_dtype: KVDtype) -> Array:
+    """Between a value of a row and the next one that the type has, [num_rows, head_dim]."""
+    if kv_dtype != "int8":
+        return np.asarray(np.spacing(np.abs(rows.view(kv_dtype))).astype(np.float64))
+    scales = rows[:, head_dim:].copy().view(np.float16).astype(np.float64)
+    return np.repeat(scales, KV_BLOCK, axis=1)[:, :head_dim]
+
+
+@each_kv_dtype
 @pytest.mark.parametrize("shape", [shape for shape in ATTENTIONS if shape[4]])
-def test_new_rows_are_rounded_to_float16(shape: tuple[int, int, int, int, bool, int]) -> None:
-    attention = Attention(*shape)
+def test_new_rows_are_rounded_to_the_nearest_value_of_their_type(shape: Shape, kv_dtype: KVDtype) -> None:
+    attention = Attention(*shape, kv_dtype)
     cache = [array.copy() for array in attention.cache]
     attention.model.run(attention.inputs(0, attention.num_tokens, cache, 0))
     for array, exact in zip(cache, attention.exact_rows(), strict=True):
         rows = array[: attention.num_tokens]
-        # half a step of float16, and what float32 is off by before it rounds: the norm's sum, a rotation
-        assert (np.abs(rows - exact) <= np.spacing(np.abs(rows)).astype(np.float64) / 2 + 2e-6).all()
+        found, steps = decode_rows(rows, attention.head_dim), step_sizes(rows, attention.head_dim, kv_dtype)
+        # half a step, and what float32 is off by before it rounds: the norm's sum, a rotation
+        assert (np.abs(found - exact) <= steps / 2 + 2e-6).all()
+
+
+@pytest.mark.parametrize("shape", [shape for shape in ATTENTIONS if shape[4]])
+def test_an_int8_block_uses_all_its_codes(shape: Shape) -> None:
+    attention = Attention(*shape, "int8")
+    cache = [array.copy() for array in attention.cache]
+    attention.model.run(attention.inputs(0, attention.num_tokens, cache, 0))
+    for array, exact in zip(cache, attention.exact_rows(), strict=True):
+        rows, head_dim = array[: attention.num_tokens], attention.head_dim
+        for first in range(0, head_dim, KV_BLOCK):
+            block = slice(first, min(first + KV_BLOCK, head_dim))
+            assert (np.abs(rows[:, block].view(np.int8).astype(int)).max(1) == 127).all()
+            place = head_dim + first // KV_BLOCK * 2
+            scales = rows[:, place : place + 2].copy().view(np.float16)[:, 0]
+            # a scale is rounded to 11 bits
+            np.testing.assert_allclose(scales, np.abs(exact[:, block]).max(1) / 127, rtol=2**-11 + 1e-5)
+
+
+@each_kv_dtype
+def test_rows_of_zeros_stay_zero(kv_dtype: KVDtype) -> None:
+    attention = Attention(2, 1, 72, 0, True, 3, kv_dtype)
+    attention.x[:] = 0
+    cache = [array.copy() for array in attention.cache]
+    (y,) = attention.model.run(attention.inputs(0, 3, cache, 0))
+    np.testing.assert_array_equal(y, 0)
+    for array in cache:
+        np.testing.assert_array_equal(decode_rows(array[:3], 72), 0)
 
 
 def test_halfway_cases_round_to_even_and_what_is_too_large_to_infinity() -> None:
@@ -268,35 +315,50 @@ def test_halfway_cases_round_to_even_and_what_is_too_large_to_infinity() -> None
         "cos": np.ones((1, 8), np.float32),
         "sin": np.zeros((1, 8), np.float32),
         "rows": np.array([0, 1, 0], np.int64),
-        "keys": np.zeros((1, 16), np.float16),
-        "values": np.zeros((1, 16), np.float16),
+        "keys": np.zeros((1, 32), np.uint8),
+        "values": np.zeros((1, 32), np.uint8),
     }
     run("CachedAttention", inputs, FLOAT, num_heads=1, num_kv_heads=1, window=0, epsilon=0.0)
     with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(inputs["keys"][0], weight.astype(np.float16))
-    np.testing.assert_array_equal(inputs["values"], np.ones((1, 16), np.float16))
+        np.testing.assert_array_equal(inputs["keys"].view(np.float16)[0], weight.astype(np.float16))
+    np.testing.assert_array_equal(inputs["values"].view(np.float16), np.ones((1, 16), np.float16))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 32, 0, True, 40), (8, 2, 16, 10, True, 12)])
-def test_a_nan_spoils_the_tokens_that_see_it_alone(shape: tuple[int, int, int, int, bool, int]) -> None:
-    attention = Attention(*shape)
+HOLED: list[Shape] = [(8, 1, 32, 0, True, 40), (8, 2, 16, 10, True, 12), (4, 1, 150, 0, True, 12)]
+
+
+@each_kv_dtype
+@pytest.mark.parametrize("shape", HOLED)
+def test_a_nan_spoils_the_tokens_that_see_it_alone(shape: Shape, kv_dtype: KVDtype) -> None:
+    attention = Attention(*shape, kv_dtype)
     attention.x[9] = np.nan
     (y,) = attention.model.run(attention.inputs(0, attention.num_tokens, attention.cache, 0))
     assert np.isfinite(y[:9]).all()
     assert np.isnan(y[9:]).all()
 
 
+@each_kv_dtype
+@pytest.mark.parametrize("shape", HOLED)
+def test_one_value_that_is_no_number_is_seen(shape: Shape, kv_dtype: KVDtype) -> None:
+    attention = Attention(*shape, kv_dtype)
+    attention.x[9, -1] = np.inf  # the norm of its head makes it NaN, and the head's other values 0
+    (y,) = attention.model.run(attention.inputs(0, attention.num_tokens, attention.cache, 0))
+    assert np.isfinite(y[:9]).all()
+    assert np.isnan(y[9:, -1]).all()
+
+
+@each_kv_dtype
 @pytest.mark.parametrize("steps", [[1] * 30, [2, 3, 4, 5, 6, 7, 8], [17, 1, 12], [16, 8]])
 @pytest.mark.parametrize("shape", ATTENTIONS)
 def test_attention_of_a_token_is_the_same_bits_in_any_forward(
-    shape: tuple[int, int, int, int, bool, int], steps: list[int]
+    shape: Shape, steps: list[int], kv_dtype: KVDtype
 ) -> None:
-    attention = Attention(*shape)
+    attention = Attention(*shape, kv_dtype)
     whole = [array.copy() for array in attention.cache]
     (together,) = attention.model.run(attention.inputs(0, attention.num_tokens, whole, 0))
     cache = [array.copy() for array in whole]
     for array in cache:
-        array[attention.num_tokens - sum(steps) :] = 7.0  # to be written again
+        array[attention.num_tokens - sum(steps) :] = 7  # to be written again
     first = attention.num_tokens - sum(steps)
     if not attention.owns_kv:
         cache = whole
@@ -374,7 +436,10 @@ def test_a_wrong_product_is_an_error_with_its_reason(
         ({"x": random(4, 48)}, "x has another width than its heads"),
         ({"norms": random(3, 16)}, "norms must be"),
         ({"cos": random(4, 4)}, "cos and sin must be"),
-        ({"cache_0": random(9, 8).astype(np.float16)}, "a KV row has another size than head_dim"),
+        ({"cache_0": np.zeros((9, 31), np.uint8)}, "a KV row has another size than head_dim values take in any type"),
+        ({"cache_1": np.zeros((9, 64), np.uint8)}, "KV rows differ in size"),
+        ({"cache_1": np.zeros((3, 32), np.uint8)}, "rows lie outside of the KV arrays"),
+        ({"cache_1": aligned(np.zeros((9, 32), np.uint8), offset=2)}, "KV rows are not aligned to 4 bytes"),
     ],
 )
 def test_wrong_attention_is_an_error_with_its_reason(changed: dict[str, Array], message: str) -> None:
@@ -383,7 +448,7 @@ def test_wrong_attention_is_an_error_with_its_reason(changed: dict[str, Array], 
         run("CachedAttention", inputs, FLOAT, num_heads=2, num_kv_heads=1, window=0, epsilon=1e-6)
 
 
-def test_rows_in_float32_are_an_error() -> None:
+def test_rows_that_are_no_bytes_are_an_error() -> None:
     with pytest.raises(Exception, match="float"):
         run(
             "CachedAttention",
