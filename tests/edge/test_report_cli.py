@@ -4,6 +4,7 @@ import errno
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def ran(tiny_artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     arguments = [tiny_artifact("wide", 4), "--quick", "--quiet", "--prompts", prompts, "--profile", "phone"]
     arguments += ["--profile", "bare", "--json", files["json"], "--html", files["html"]]
     with pytest.MonkeyPatch.context() as patch:
-        made_up(patch)
+        patch.setattr(report_cli, "load_profile", made_up_profile)  # the plan is a real one
         assert run(report_cli.main, arguments) == 0
     return Ran(json.loads(files["json"].read_text()), files["html"].read_text())
 
@@ -98,6 +99,16 @@ def test_memory_is_a_curve_with_its_phases(ran: Ran) -> None:
     assert 10e6 < max(curve["anonymous"]) < 2e9
     assert len(curve["seconds"]) == len(curve["anonymous"]) == len(curve["mapped"]) > 0
     assert ran.json["measured"]["setup"]["swap_total_bytes"] >= 0
+
+
+def test_the_real_plan_is_shown_part_by_part(ran: Ran) -> None:
+    plan = ran.json["measured"]["plan"]
+    kinds = {part["kind"] for part in plan["parts"]}
+    assert kinds <= {"anonymous", "mapped", "cached"} and "anonymous" in kinds
+    assert sum(part["num_bytes"] for part in plan["parts"] if part["kind"] == "anonymous") == plan["anonymous_bytes"]
+    for part in plan["parts"]:
+        assert part["name"] in ran.html
+    assert plan["budget_bytes"] > plan["peak_bytes"] > 0
 
 
 def test_this_machine_stands_first_and_profiles_as_they_were_named(ran: Ran) -> None:
@@ -178,11 +189,9 @@ def test_a_child_that_fails_is_one_line(
     tiny_artifact: Callable[..., Path], capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_up(monkeypatch)
-    small = load_profile("laptop")
-    object.__setattr__(small, "memory_fraction", None)
-    object.__setattr__(small, "memory_budget_bytes", 1_000_000)
+    small = replace(load_profile("laptop"), memory_fraction=None, memory_budget_bytes=1_000_000)
     monkeypatch.setattr(report_cli, "load_profile", lambda name: small)
-    match = "^edge-report: measuring load: laptop: the model needs [0-9]+ MiB .* the budget is 1 MiB"
+    match = "^edge-report: measuring load: laptop: artifact needs [0-9]+ MiB .* the budget is 1 MiB"
     assert_fails(report_cli.main, [tiny_artifact("wide", 4), "--quick", "--quiet"], match, capfd)
 
 
