@@ -1,4 +1,4 @@
-"""Within a control group as large as the plan nothing is killed; within a smaller one the error comes before the load."""
+"""In a control group of the plan's size nothing is killed; in a smaller one the error comes before the load."""
 
 import os
 import subprocess
