@@ -7,19 +7,23 @@ from profiles.device import DeviceProfile
 from profiles.limits import cgroup_available_bytes
 
 OVERRIDE = "memory budget"
+# What the kernel counts against a control group beside the process's own memory: page tables of mapped weights, stacks.
+# A group with the plan's very size was killed, with 2 MiB more it was not; E4B's page tables alone are 5 MiB.
+KERNEL_BYTES = 8 << 20
 
 
-def budget_bytes(profile: DeviceProfile, override: int | str | None = None) -> int:
+def budget_bytes(profile: DeviceProfile, override: int | str | None = None, *, held_bytes: int = 0) -> int:
     """Bytes the runtime may take now, never more than the machine and the control group still have.
 
     Args:
         profile: its budget, or its fraction of the memory that is available now
         override: budget instead of the profile's, in bytes or as `parse_bytes` reads it
+        held_bytes: what the runtime takes and this process holds already, which is no longer available
 
     Raises:
         ProfileError: the override is no amount above 0.
     """
-    available = _available_bytes()
+    available = _available_bytes() + held_bytes
     if override is not None:
         return min(amount_bytes(override, OVERRIDE), available)
     if profile.memory_budget_bytes is not None:
@@ -54,4 +58,4 @@ def stated_budget_bytes(profile: DeviceProfile, override: int | str | None = Non
 def _available_bytes() -> int:
     """What this process may still take; below the total memory and the group's limit by what is in use."""
     machine, group = int(psutil.virtual_memory().available), cgroup_available_bytes()
-    return machine if group is None else min(machine, group)
+    return machine if group is None else max(0, min(machine, group - KERNEL_BYTES))

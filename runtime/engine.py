@@ -20,8 +20,8 @@ from runtime.generation import Request
 from runtime.kv_rows import choose_kv_dtype
 from runtime.loading import Loaded, load_planned
 from runtime.manifest import Manifest, read_manifest
-from runtime.memory import keep_large_blocks_apart
-from runtime.memory_plan import MemoryPlan, plan_memory
+from runtime.memory import keep_large_blocks_apart, memory_usage
+from runtime.memory_plan import INTERPRETER_BYTES, MemoryPlan, plan_memory
 from runtime.portable_copy import portable_copy
 from runtime.sampling import SamplingParams
 from runtime.session import new_run_options
@@ -83,7 +83,8 @@ class Runtime:
             choose_kv_dtype(device, "portable", reason)  # before a copy is made in vain
             folder = portable_copy(folder, manifest, reason)
             manifest = read_manifest(folder)
-        budget = budget_bytes(device, memory_budget)
+        held_bytes = min(memory_usage().anonymous_bytes, INTERPRETER_BYTES)
+        budget = budget_bytes(device, memory_budget, held_bytes=held_bytes)
         plan = plan_memory(manifest, device, budget, context_tokens=context_tokens, model=folder.resolve().name)
         return cls(manifest, device, plan, load_planned(folder, manifest, device, plan))
 

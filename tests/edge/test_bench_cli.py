@@ -237,7 +237,7 @@ def test_prompts_that_are_none(content: str, capfd: Capture, tmp_path: Path) -> 
 
 def test_a_budget_that_is_too_small(tiny_artifact: Callable[..., Path], capfd: Capture) -> None:
     options = [tiny_artifact("wide", 4), "--memory-budget", "1 MB", "--quiet"]
-    match = "^edge-bench: measuring load: laptop: the model needs [0-9]+ MiB .* the budget is 1 MiB"
+    match = "^edge-bench: measuring load: laptop: artifact needs [0-9]+ MiB .* the budget is 1 MiB"
     assert_fails(bench_cli.main, options, match, capfd)
 
 

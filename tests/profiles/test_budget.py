@@ -11,6 +11,7 @@ import pytest
 from profiles import ProfileError, available_profiles, budget, budget_bytes, load_profile, stated_budget_bytes
 
 GIB = 2**30
+KERNEL_BYTES = budget.KERNEL_BYTES
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,22 @@ def test_the_smallest_counts(
     machine(monkeypatch, group, available)
     none = {"memory_budget_bytes": None, "memory_fraction": None}
     assert budget_bytes(replace(load_profile("laptop"), **none | granted)) == expected
+
+
+def test_a_group_keeps_room_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    phone = replace(load_profile("phone-arm"), memory_budget_bytes=GIB)
+    for group, expected in ((GIB, GIB - KERNEL_BYTES), (KERNEL_BYTES, 0), (1, 0), (2 * GIB, GIB)):
+        machine(monkeypatch, group - KERNEL_BYTES, available=12 * GIB)
+        assert budget_bytes(phone) == expected
+
+
+def test_what_is_held_already_counts_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    laptop = load_profile("laptop")
+    machine(monkeypatch, group=None, available=GIB)
+    assert budget_bytes(laptop, "3 GiB", held_bytes=GIB // 4) == GIB + GIB // 4
+    assert budget_bytes(laptop, GIB, held_bytes=GIB // 4) == GIB
+    half = replace(laptop, memory_fraction=0.5)
+    assert budget_bytes(half, held_bytes=GIB) == GIB
 
 
 @pytest.mark.parametrize("name", ["laptop", "phone-arm"])
@@ -85,7 +102,8 @@ def test_every_profile_of_the_package_states_a_budget() -> None:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, group: int | None, available: int) -> None:
-    """A machine of 16 GiB and what it and its control group have left."""
+    """A machine of 16 GiB and what it and its control group, without what the kernel needs of it, have left."""
     memory = SimpleNamespace(total=16 * GIB, available=available)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(budget, "cgroup_available_bytes", lambda: group)
+    left = None if group is None else group + KERNEL_BYTES
+    monkeypatch.setattr(budget, "cgroup_available_bytes", lambda: left)

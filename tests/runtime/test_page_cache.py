@@ -1,4 +1,3 @@
-import ctypes
 import errno
 import mmap
 import os
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from runtime import loading, native
@@ -19,6 +17,7 @@ from runtime.errors import ArtifactError
 from runtime.page_cache import read_ahead
 from tests.layouts import needs_native
 from tests.models import ONE_THREAD
+from tests.page_residency import num_cached_pages, num_pages
 
 MIB = 1 << 20
 SIZES = (40 * MIB + 5000, 4 * MIB, 100)  # the first is several pieces, the last of them not a whole one
@@ -79,21 +78,6 @@ def _evict(path: Path) -> None:
     os.fsync(descriptor)  # dirty pages would stay
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
-
-
-def num_cached_pages(path: Path) -> int:
-    """By mincore(2), which reads nothing; `preadv` with RWF_NOWAIT would begin to read what it does not find."""
-    with path.open("rb") as file:
-        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    states = np.zeros(num_pages(path), np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = libc.mincore(*map(ctypes.c_void_p, (content.ctypes.data, len(content), states.ctypes.data)))
-    assert code == 0, os.strerror(ctypes.get_errno())
-    return int((states & 1).sum())
-
-
-def num_pages(path: Path) -> int:
-    return -(-path.stat().st_size // mmap.PAGESIZE)
 
 
 def advised(paths: list[Path], monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> list[tuple[int, int]]:

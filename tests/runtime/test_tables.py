@@ -1,6 +1,8 @@
 """Rows of tables: what was quantized comes back in either layout, embed.onnx agrees, and nothing stays in memory."""
 
 import json
+import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from runtime.panels import pack
 from runtime.session import open_session
 from runtime.tables import RowTable
 from tests.models import ONE_THREAD
+from tests.page_residency import num_cached_pages
 
 NUM_ROWS = 50
 MULTIPLIER = 3.5
@@ -172,3 +175,28 @@ def test_the_file_is_given_back_once(close: Callable[[RowTable], None], tmp_path
 def open_files() -> list[str]:
     links = list(Path("/proc/self/fd").iterdir())  # the listing's own is gone by now
     return [str(link.readlink()) for link in links if link.is_symlink()]
+
+
+def test_a_bounded_table_leaves_few_pages_in_the_systems_cache(tmp_path: Path) -> None:
+    num_rows, width, bound = 4096, 1024, 64 * mmap.PAGESIZE
+    file = tmp_path / "table.bin"
+    file.write_bytes(bytes(num_rows * width * 4))
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    if num_cached_pages(file):
+        pytest.skip("this file system keeps files in the page cache")
+    spec = TableSpec(file.name, num_rows, width, 32, 0, "portable", 1.0)
+    tables = [RowTable(tmp_path, spec, cached_bytes=cached_bytes) for cached_bytes in (bound, None)]
+    most = []
+    for table in tables:
+        seen = []
+        for token_id in np.random.default_rng(0).integers(num_rows, size=400).tolist():
+            table.rows([token_id])
+            seen.append(num_cached_pages(file) * mmap.PAGESIZE)
+        most.append(max(seen))
+        table.close()
+    assert bound // 2 < most[0] <= bound < 4 * bound < most[1]
+    RowTable(tmp_path, spec, cached_bytes=bound).close()
+    assert num_cached_pages(file) == 0, "what was there when it was opened is dropped"

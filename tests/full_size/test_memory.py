@@ -1,0 +1,92 @@
+"""E2B and E4B at their real sizes: a process takes what was planned. `pytest -m full_size`, a quarter of an hour.
+
+Set EDGE_FULL_SIZE to a folder to keep the artifacts between runs.
+"""
+
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.dummy import write_dummy
+from export.released import RELEASED
+from quant.recipe import make_recipe
+from runtime.manifest import read_manifest
+from runtime.tables import CACHED_TABLE_BYTES, RowTable
+from tests.page_residency import num_cached_pages
+
+pytestmark = pytest.mark.full_size
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+LIMITS = {("E2B", 8192, "float16"): 400 * MIB, ("E2B", 32_768, "int8"): 600 * MIB, ("E4B", 32_768, "int8"): 1024 * MIB}
+
+# One whole context, drafts and sampling from the whole vocabulary behind it, while a thread looks at the memory.
+CHILD = """
+import dataclasses, json, sys, threading
+from edge import Runtime, load_profile
+from runtime.memory import PeakMemory
+
+peak, done = PeakMemory(), threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak.sample()
+
+threading.Thread(target=watch, daemon=True).start()
+profile = dataclasses.replace(load_profile("laptop"), kv_dtype=sys.argv[3])
+artifact, num_tokens = sys.argv[1], int(sys.argv[2])
+with Runtime.load(artifact, profile=profile, memory_budget="4 GiB", context_tokens=num_tokens) as runtime:
+    runtime.generate([2, 300], max_tokens=8, top_k=0, num_draft_tokens=16)
+    prompt = [2 + 97 * i % 260_000 for i in range(num_tokens - 40)]
+    stats = runtime.generate(prompt, max_tokens=36, num_draft_tokens=7).stats
+    plan = runtime.plan
+done.set()
+print(json.dumps({"planned": plan.peak_bytes, "measured": peak.usage.anonymous_bytes, "drafted": stats.num_drafted}))
+"""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    kept = os.environ.get("EDGE_FULL_SIZE")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("dummies")
+
+    def make(name: str) -> Path:
+        folder = root / f"{name}-native"
+        if not folder.exists():
+            write_dummy(RELEASED[name], folder, make_recipe(4), layout="native", show_progress=False)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("context_tokens,kv_dtype", [(512, "float16"), (8192, "float16"), (32_768, "int8")])
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_plan_is_within_a_tenth(artifact, name, context_tokens, kv_dtype):
+    command = [sys.executable, "-c", CHILD, str(artifact(name)), str(context_tokens), kv_dtype]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["drafted"] > 0
+    print(name, context_tokens, kv_dtype, {key: round(value / MIB) for key, value in found.items()})
+    assert found["measured"] <= found["planned"] <= 1.1 * found["measured"]
+    assert found["planned"] < LIMITS.get((name, context_tokens, kv_dtype), 1 << 40)
+
+
+def test_ten_thousand_tokens_leave_the_tables_on_disk(artifact):
+    folder = artifact("E2B")
+    manifest = read_manifest(folder)
+    file = folder / manifest.ple_table.file
+    table, most = RowTable(folder, manifest.ple_table, cached_bytes=CACHED_TABLE_BYTES), 0
+    assert num_cached_pages(file) == 0, "an export's pages are dropped when the table is opened"
+    ids = np.random.default_rng(0).integers(manifest.model.vocab_size, size=10_000)
+    for first in range(0, len(ids), 100):
+        table.rows(ids[first : first + 100].tolist())
+        most = max(most, num_cached_pages(file))
+    table.close()
+    assert 16 * MIB < most * mmap.PAGESIZE <= CACHED_TABLE_BYTES
