@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge.bench.figures import short
-from edge.report.plots import NEUTRAL, Bar, Line, Phase, Point, Segment, size_plot, stacked_bars, time_plot
+from edge.report.plots import NEUTRAL, NUM_COLOURS, Bar, Line, Phase, Point, Segment, size_plot, stacked_bars, time_plot
 
 Values = Mapping[str, Any]
 FAR = 2.0  # a budget beyond so many of the largest plan would shrink every bar
@@ -31,7 +31,7 @@ def measured_charts(report: Values) -> list[Chart]:
         _decode(figures, measured),
         _memory_over_time(measured),
         _files_over_time(measured),
-        _where_bytes_go(measured),
+        _where_bytes_go(measured, part_colours(report)),
         _cold_token(figures, measured["setup"]["cold_context_tokens"]),
         _limits(figures),
     ]
@@ -67,7 +67,9 @@ def plan_chart(report: Values) -> Chart:
     """Planned anonymous memory of each profile, part by part, against its budget."""
     largest = max(entry["plan"]["anonymous_bytes"] for entry in report["verdict"])
     bars = [
-        _plan_bar(entry["where"], entry["plan"], has_limit=entry["plan"]["budget_bytes"] < FAR * largest)
+        _plan_bar(
+            entry["where"], entry["plan"], part_colours(report), has_limit=entry["plan"]["budget_bytes"] < FAR * largest
+        )
         for entry in report["verdict"]
     ]
     return Chart(
@@ -78,9 +80,16 @@ def plan_chart(report: Values) -> Chart:
     )
 
 
-def anonymous_parts(plan: Values) -> list[Values]:
-    """The parts that count against the budget, in their order."""
-    return [part for part in plan["parts"] if part["kind"] == "anonymous"]
+def part_colours(report: Values) -> dict[str, int]:
+    """The colour of each part that counts against a budget and is not empty: the same wherever the page has it."""
+    plans = [entry["plan"] for entry in report["verdict"]]
+    plans += [report["measured"]["plan"]] if report["measured"] else []
+    names = [part["name"] for plan in plans for part in plan["parts"] if _is_counted(part)]
+    return {name: index % NUM_COLOURS for index, name in enumerate(dict.fromkeys(names))}
+
+
+def _is_counted(part: Values) -> bool:
+    return bool(part["kind"] == "anonymous" and part["num_bytes"])
 
 
 def _is_bound(projections: Iterable[Values]) -> bool:
@@ -168,18 +177,18 @@ def _phases(curve: Values) -> list[Phase]:
     return [Phase(phase["name"], phase["seconds"]) for phase in curve["phases"]]
 
 
-def _where_bytes_go(measured: Values) -> Chart:
+def _where_bytes_go(measured: Values, colours: Mapping[str, int]) -> Chart:
     peak = max(entry["measured_bytes"] for entry in measured["planned_and_measured"] if entry["key"] != "mapped")
     found = Bar("measured peak", (Segment("measured", peak / 1e6, NEUTRAL),), note=f"{peak / 1e6:,.0f} MB")
-    bars = [_plan_bar("planned", measured["plan"]), found]
+    bars = [_plan_bar("planned", measured["plan"], colours), found]
     caption = "Anonymous memory of this run's context, part by part as planned, beside the peak that was measured."
     plot = stacked_bars("Planned and measured memory", bars, "MB")
     return Chart("Where each byte goes", caption, plot, measured["plan"])
 
 
-def _plan_bar(label: str, plan: Values, *, has_limit: bool | None = None) -> Bar:
-    parts = anonymous_parts(plan)
-    segments = tuple(Segment(part["name"], part["num_bytes"] / 1e6, index) for index, part in enumerate(parts))
+def _plan_bar(label: str, plan: Values, colours: Mapping[str, int], *, has_limit: bool | None = None) -> Bar:
+    parts = [part for part in plan["parts"] if _is_counted(part)]
+    segments = tuple(Segment(part["name"], part["num_bytes"] / 1e6, colours[part["name"]]) for part in parts)
     total = sum(part["num_bytes"] for part in parts) / 1e6
     budget = plan["budget_bytes"] / 1e6
     note = f"{total:,.0f} of {budget:,.0f} MB" if has_limit is not None else f"{total:,.0f} MB"

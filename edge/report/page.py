@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from edge.bench.figures import short
-from edge.report.charts import Chart, measured_charts, plan_chart, projected_charts
+from edge.report.charts import Chart, measured_charts, part_colours, plan_chart, projected_charts
 from edge.report.markup import element
 from edge.report.style import style_sheet
 from edge.report.tables import figures_table, parts_table, planned_table, projected_table, tag, verdict_table
@@ -73,14 +73,14 @@ def summary(report: Values) -> str:
     return " ".join(sentences)
 
 
-def _charts(charts: Iterable[Chart]) -> str:
+def _charts(charts: Iterable[Chart], colours: Mapping[str, int]) -> str:
     figures = [
         element(
             "figure",
             element("h3", escape(chart.title)),
             element("p", escape(chart.caption), class_="caption"),
             chart.svg,
-            parts_table([("planned", chart.plan)]) if chart.plan else "",
+            parts_table([("planned", chart.plan)], colours) if chart.plan else "",
         )
         for chart in charts
     ]
@@ -100,7 +100,7 @@ def _measured(report: Values) -> str:
         "section",
         element("h2", "Measured on this machine"),
         element("p", escape(told), class_="sub"),
-        _charts(measured_charts(report)),
+        _charts(measured_charts(report), part_colours(report)),
         element("h3", "Planned against measured memory"),
         planned_table(measured),
         element("h3", "All figures"),
@@ -115,8 +115,8 @@ def _projections(report: Values) -> str:
         "section",
         element("h2", "Devices: plan and PROJECTION"),
         element("p", escape(f"PROJECTION: {report['definitions']['PROJECTION']}."), class_="sub"),
-        _charts([plan_chart(report), *projected_charts(report)]),
-        parts_table([(entry["where"], entry["plan"]) for entry in report["verdict"]]),
+        _charts([plan_chart(report), *projected_charts(report)], part_colours(report)),
+        parts_table([(entry["where"], entry["plan"]) for entry in report["verdict"]], part_colours(report)),
         element("h3", "PROJECTION, by profile"),
         element("p", escape(f"Speeds are {projections[0]['basis']}."), class_="caption"),
         projected_table(projections),

@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 460.0, 270.0
 TOP, BOTTOM, LEFT = 30.0, 46.0, 50.0
 CHAR_WIDTH = 6.4  # of the plots' 12 px sans-serif, on the wide side
 LABEL_GAP = 15.0
-NUM_COLOURS = 8
+NUM_COLOURS = 12
 NEUTRAL = NUM_COLOURS  # a colour of no series
 BAR, BAR_GAP = 26.0, 22.0
 

@@ -1,8 +1,16 @@
 """The page's style sheet: light and dark by the reader's preference, one column on a phone, plain in print."""
 
 PLOT_COLOURS = {  # the last one is of no series
-    "light": ("#1f5fa8", "#b4501a", "#2c7a58", "#7349a0", "#8a6a10", "#a83262", "#127283", "#7d5140", "#6b7787"),
-    "dark": ("#74ace9", "#e8935a", "#68c39c", "#b99ae0", "#d3b553", "#e988a8", "#58bdcc", "#c9a08c", "#8f9bab"),
+    "light": (
+        *("#1f5fa8", "#b4501a", "#2c7a58", "#7349a0", "#8a6a10", "#a83262"),
+        *("#127283", "#7d5140", "#4a5fc1", "#5d7414", "#94397f", "#9a3b3b"),
+        "#6b7787",
+    ),
+    "dark": (
+        *("#74ace9", "#e8935a", "#68c39c", "#b99ae0", "#d3b553", "#e988a8"),
+        *("#58bdcc", "#c9a08c", "#95a3f2", "#adc76b", "#da90d2", "#e58585"),
+        "#8f9bab",
+    ),
 }
 INK = {
     "light": {

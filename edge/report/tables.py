@@ -42,7 +42,7 @@ def _what(entry: Values) -> str:
     plan = entry["plan"]
     bits, layout, kv = plan["bits"], plan["layout"], plan["kv_dtype"]
     own = f"profile {entry['profile']}, " if entry["where"] != entry["profile"] else ""
-    return f"{own}{entry['model']}, {bits} bits, {layout}, KV {kv}"
+    return f"{own}{bits} bits, {layout}, KV {kv}"
 
 
 def _speed(entry: Values, key: str, unit: str, size_key: str, at: str) -> str:
@@ -83,15 +83,14 @@ def planned_table(measured: Values) -> str:
     return table(head, rows, right=(1, 2, 3))
 
 
-def parts_table(plans: Sequence[tuple[str, Values]]) -> str:
-    """A row a part in their order, a column a plan; colours are those of the bars."""
-    names = list(dict.fromkeys((part["name"], part["kind"]) for _, plan in plans for part in plan["parts"]))
-    counted = [name for name in names if name[1] == "anonymous"]
+def parts_table(plans: Sequence[tuple[str, Values]], colours: Mapping[str, int]) -> str:
+    """A row a part that is not empty, a column a plan; colours are those of the bars."""
+    names = [(part["name"], part["kind"]) for _, plan in plans for part in plan["parts"] if part["num_bytes"]]
+    sizes = [{(part["name"], part["kind"]): part["num_bytes"] for part in plan["parts"]} for _, plan in plans]
     rows = []
-    for name, kind in names:
-        colour = f"swatch b{counted.index((name, kind)) % 8}" if kind == "anonymous" else "swatch"
-        sizes = [{(part["name"], part["kind"]): part["num_bytes"] for part in plan["parts"]} for _, plan in plans]
-        cells = [megabytes(found[name, kind]) if (name, kind) in found else "-" for found in sizes]
+    for name, kind in dict.fromkeys(names):
+        colour = f"swatch b{colours[name]}" if kind == "anonymous" else "swatch"
+        cells = [megabytes(found[name, kind]) if found.get((name, kind)) else "-" for found in sizes]
         rows.append([element("span", class_=colour) + escape(name), escape(kind), *cells])
     head = ("part", "kind", *(name for name, _ in plans))
     return table(head, rows, right=range(2, len(head)))

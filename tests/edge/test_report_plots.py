@@ -10,6 +10,7 @@ from edge.report.markup import element, number
 from edge.report.plots import (
     HEIGHT,
     NEUTRAL,
+    NUM_COLOURS,
     WIDTH,
     Bar,
     Line,
@@ -33,7 +34,7 @@ def texts(root: ElementTree.Element) -> list[str]:
 
 LINES = [
     Line("measured", (Point(128, 20, 18, 23), Point(2048, 19, 17, 20), Point(32_768, 12.5, 12.5, 12.5))),
-    Line("projected", (Point(128, 21), Point(2048, 19.5)), is_dashed=True, colour=9),
+    Line("projected", (Point(128, 21), Point(2048, 19.5)), is_dashed=True, colour=NUM_COLOURS + 1),
 ]
 
 
@@ -187,9 +188,15 @@ def test_text_and_lines_stand_out_in_both_schemes(scheme: str) -> None:
             assert contrast(colour, ink[ground]) >= 3, (colour, ground)
 
 
+def test_every_series_has_a_colour_and_one_is_left_for_none() -> None:
+    assert [len(colours) for colours in PLOT_COLOURS.values()] == [NUM_COLOURS + 1] * 2
+    assert all(len(set(colours)) == len(colours) for colours in PLOT_COLOURS.values())
+    assert NEUTRAL == NUM_COLOURS
+
+
 def test_the_sheet_has_both_schemes_and_print() -> None:
     sheet = style_sheet()
-    for part in ("prefers-color-scheme: dark", "@media print", "max-width: 640px", "tabular-nums", ".s8{", ".f8{"):
+    for part in ("prefers-color-scheme: dark", "@media print", "max-width: 640px", "tabular-nums", ".s12{", ".f12{"):
         assert part in sheet
     assert sheet.count("{") == sheet.count("}")
     assert "http" not in sheet and "url(" not in sheet
