@@ -1,11 +1,8 @@
 """The plan is held to what a process takes, and what fits into a budget is loaded while nothing else is."""
 
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,30 +14,20 @@ from runtime.kv_cache import full_bytes_per_token, sliding_bytes
 from runtime.manifest import read_manifest
 from runtime.memory_plan import plan_memory
 from tests.layouts import each_layout
+from tests.peak_memory import run_watched
 
-ROOT = Path(__file__).parents[2]
 PLENTY = 1 << 40
 
-# Generations over a whole context, while a thread looks at the memory: prints the plan and the peak.
+# Generations over a whole context: prints the plan.
 CHILD = """
-import sys, threading
+import sys
 from edge import Runtime
-from runtime.memory import PeakMemory
 
-peak, done = PeakMemory(), threading.Event()
-
-def watch():
-    while not done.wait(0.002):
-        peak.sample()
-
-threading.Thread(target=watch, daemon=True).start()
 with Runtime.load(sys.argv[1], profile="laptop", memory_budget="2 GiB") as runtime:
     prompt = [2 + 7 * i % 2000 for i in range(runtime.context_tokens - 40)]
     for options in ({"num_draft_tokens": 16, "temperature": 0}, {"num_draft_tokens": 7, "top_k": 0, "top_p": 0.95}):
         runtime.generate(prompt, max_tokens=40, **options)
     print(runtime.plan.peak_bytes)
-done.set()
-print(peak.usage.anonymous_bytes)
 """
 
 
@@ -52,11 +39,8 @@ def manifest(request, tiny_artifact):
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep other amounts")
 @pytest.mark.parametrize("layout", each_layout)
 def test_the_plan_is_no_less_and_not_much_more_than_what_is_used(demo_artifact, layout):
-    command = [sys.executable, "-c", CHILD, str(demo_artifact(4, layout))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    planned, used = map(int, done.stdout.split())
+    printed, used = run_watched(CHILD, demo_artifact(4, layout))
+    planned = int(printed)
     # the native figures are exact to a tenth; the portable layout's attention is bounded generously
     assert used <= planned <= (1.1 if layout == "native" else 2) * used
 
