@@ -132,7 +132,7 @@ def _log_softmax(logits: Float64) -> Float64:
 
 def _load(artifact: Path, profile: DeviceProfile, kv_dtype: KVDtype) -> Runtime:
     # a fixed number of drafts is asked for, so what they cost is not measured
-    return Runtime.load(artifact, profile=replace(profile, kv_dtype=kv_dtype, num_draft_tokens=0))
+    return Runtime.load(artifact, profile=replace(profile, kv_dtype=kv_dtype, num_draft_tokens=NUM_DRAFTS))
 
 
 def _logits(runtime: Runtime, token_ids: Sequence[int], num_positions: int) -> Iterator[Float32]:

@@ -80,7 +80,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "small-budget": (
         ["--prompt", "a", "--memory-budget", "1 MB"],
-        "laptop: the model needs [0-9]+ MiB .* the budget is 1 MiB",
+        "laptop: artifact needs [0-9]+ MiB .* the budget is 1 MiB",
     ),
 }
 
@@ -138,7 +138,8 @@ def test_a_chat_is_answered(artifact: Path, capfd: Capture) -> None:
 def test_a_prompt_in_turns_may_slide(artifact: Path, tmp_path: Path, capfd: Capture) -> None:
     profile = tmp_path / "small.toml"
     text = (ROOT / "profiles" / "phone-arm.toml").read_text(encoding="utf-8")
-    profile.write_text(re.sub("context_tokens = .*", "context_tokens = 60", text), encoding="utf-8")
+    text = re.sub("context_tokens = .*", "context_tokens = 60", text)
+    profile.write_text(re.sub("chunk_tokens = .*", "chunk_tokens = 60", text), encoding="utf-8")
     turns = "<|turn>user\nhello<turn|>\n<|turn>model\nhi<turn|>\n" * 4 + "<|turn>user\nhello<turn|>\n<|turn>model\n"
     options = [artifact, "--prompt", turns, "--profile", str(profile), "--max-tokens", "3", "--json"]
     assert_fails(generate_cli.main, options, '.* the context holds 60 .* with context_policy="slide"', capfd)
