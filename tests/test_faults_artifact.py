@@ -304,7 +304,7 @@ def test_a_window_beyond_the_memory(artifact: Path, one_thread: DeviceProfile) -
         content["model"]["sliding_window"] = 2**31 - 1
 
     sign(artifact, change)
-    with pytest.raises(MemoryBudgetError, match="the model needs [0-9,]+ MiB for .* the budget is 2,048 MiB"):
+    with pytest.raises(MemoryBudgetError, match="artifact needs [0-9,]+ MiB for .* the budget is 2,048 MiB"):
         Runtime.load(artifact, profile=one_thread)
 
 
