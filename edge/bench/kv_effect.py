@@ -33,7 +33,8 @@ class KVEffect:
 
     KL is that of the next token's distribution, KL(float32 || kv_dtype) in nats, at the last `num_positions` of
     `context_tokens` given tokens. `equal_tokens[n]` of `generated_tokens[n]` greedy tokens behind prompt n come before
-    the first difference. Acceptance rates are of all prompts together, with three drafts in every round.
+    the first difference. Acceptance rates are of all prompts together, with three drafts in every round; None where
+    nothing was drafted.
     """
 
     kv_dtype: str
@@ -42,8 +43,8 @@ class KVEffect:
     mean_kl_nats: float
     max_kl_nats: float
     same_best_share: float
-    acceptance_rate: float
-    float32_acceptance_rate: float
+    acceptance_rate: float | None
+    float32_acceptance_rate: float | None
     equal_tokens: tuple[int, ...]
     generated_tokens: tuple[int, ...]
 
@@ -131,7 +132,7 @@ def _log_softmax(logits: Float64) -> Float64:
 
 
 def _load(artifact: Path, profile: DeviceProfile, kv_dtype: KVDtype) -> Runtime:
-    # a fixed number of drafts is asked for, so what they cost is not measured
+    # a profile without drafts would load no drafter
     return Runtime.load(artifact, profile=replace(profile, kv_dtype=kv_dtype, num_draft_tokens=NUM_DRAFTS))
 
 
@@ -150,7 +151,7 @@ def _logits(runtime: Runtime, token_ids: Sequence[int], num_positions: int) -> I
 @dataclass(frozen=True, slots=True)
 class _Continuations:
     token_ids: list[list[int]]
-    acceptance_rate: float
+    acceptance_rate: float | None
 
 
 def _continuations(runtime: Runtime, prompts: Sequence[Prompt], max_tokens: int) -> _Continuations:
@@ -160,7 +161,7 @@ def _continuations(runtime: Runtime, prompts: Sequence[Prompt], max_tokens: int)
     ]
     num_drafted = sum(one.stats.num_drafted for one in made)
     num_accepted = sum(one.stats.num_accepted for one in made)
-    return _Continuations([one.token_ids for one in made], num_accepted / num_drafted if num_drafted else 0.0)
+    return _Continuations([one.token_ids for one in made], num_accepted / num_drafted if num_drafted else None)
 
 
 def _num_equal(expected: Sequence[int], found: Sequence[int]) -> int:

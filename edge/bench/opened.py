@@ -65,6 +65,12 @@ class OpenedArtifact:
         """Random ids of this model's vocabulary without those that end a generation."""
         return TokenIds(self.manifest.model.vocab_size, seed=seed, excluded=self.manifest.generation["eos_token_ids"])
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens that `text` takes as a prompt, BOS first."""
+        loaded = self.runtime._loaded
+        assert loaded is not None
+        return loaded.tokenizer.encode(text, add_bos=True)
+
     def prefill(self, token_ids: Sequence[int]) -> Forward:
         """Computes a prompt on an empty cache, in the profile's chunks."""
         self.target.cache.clear()

@@ -1,41 +1,49 @@
 """Measures an artifact for a report: the pieces of edge-bench over more sizes, and memory as a curve."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
 
 from edge.bench.figures import Figure, figure
+from edge.bench.kv_effect import NUM_DRAFTS, REFERENCE, KVEffect, kv_effects
 from edge.bench.opened import OpenedArtifact
 from edge.bench.plan import ROOM_TOKENS, Plan, quick
 from edge.bench.roofline import Roofline
 from edge.bench.speed import Progress, SpeedRun
 from edge.bench.speed_figures import SpeedFigures
 from edge.bench.suite import load_figures, measure_memory, memory_figures, with_room
+from edge.report.fits import fit
 from edge.report.projection import Efficiency
 from edge.report.subject import Subject
-from profiles import DeviceProfile
+from profiles import DeviceProfile, budget_bytes
 from runtime import native
 from runtime.engine import Runtime
 
 NO_DRAFTER = "the artifact has no drafter"
 NO_ACCEPTANCE = "not measured: name prompts with --prompts, or assume an acceptance with --assume-acceptance"
 COLD_CONTEXT = 128
+KV_CONTEXT_TOKENS, KV_POSITIONS = 8192, 512  # the most at which KV rows are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Tokens of the prompts and contexts that are measured and projected, and how often."""
+    """Tokens of the prompts and contexts that are measured and projected, and how often.
+
+    `num_kv_prompts` of the texts compare KV rows; None for all.
+    """
 
     prompts: tuple[int, ...] = (128, 512, 2048, 8192)
     contexts: tuple[int, ...] = (128, 2048, 8192, 32_768)
     num_cold_tokens: int = 24
+    num_kv_prompts: int | None = None
 
     @classmethod
     def of(cls, *, is_quick: bool) -> "Sizes":
         """All sizes, or those that take seconds."""
-        return cls(prompts=(128, 512), contexts=(128, 2048), num_cold_tokens=6) if is_quick else cls()
+        few = cls(prompts=(128, 512), contexts=(128, 2048), num_cold_tokens=6, num_kv_prompts=4)
+        return few if is_quick else cls()
 
     def plan(self, *, is_quick: bool, prompt_texts: tuple[str, ...]) -> Plan:
         """What edge-bench's machinery measures for a report."""
@@ -53,13 +61,14 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was found on this machine; `memory` is what the fresh process told."""
+    """What was found on this machine; `memory` is what the fresh process told, `kv_effect` is of native prompts."""
 
     figures: tuple[Figure, ...]
     memory: Mapping[str, Any]
     acceptances: tuple[float, ...]
     acceptance_source: str
     setup: Mapping[str, Any]
+    kv_effect: tuple[KVEffect, ...] = ()
 
     def efficiency(self, sizes: Sizes) -> Efficiency:
         """Shares of the roofline by size."""
@@ -79,6 +88,7 @@ class Measured:
             "acceptances": list(self.acceptances),
             "acceptance_source": self.acceptance_source,
             "setup": dict(self.setup),
+            "kv_effect": [effect.to_json() for effect in self.kv_effect],
         }
 
 
@@ -105,7 +115,30 @@ def measure_subject(
         run.measure_cold_rows(COLD_CONTEXT, sizes.num_cold_tokens)
         found = SpeedFigures(opened, run, plan, roofline)
         figures = (*_speeds(found, sizes, acceptances, source), *loads, *memory_figures(memory))
-        return Measured(figures, memory, acceptances, source, _setup(opened, profile, roofline, plan))
+        setup = _setup(opened, profile, roofline, plan)
+        texts = plan.prompt_texts[: sizes.num_kv_prompts] if opened.layout == "native" else ()
+        joined, *prompts = (opened.encode(text) for text in ("\n".join(texts), *texts))
+    measured = Measured(figures, memory, acceptances, source, setup)
+    if not texts:
+        return measured
+    progress("narrower KV rows against float32 ones")
+    return replace(measured, kv_effect=_kv_effects(subject, profile, joined, prompts, plan.text_tokens))
+
+
+def _kv_effects(
+    subject: Subject, profile: DeviceProfile, token_ids: list[int], prompts: Sequence[list[int]], max_tokens: int
+) -> tuple[KVEffect, ...]:
+    """What narrower rows change in the text and behind the prompts, as far as the context holds them."""
+    widest = replace(profile, kv_dtype=REFERENCE, context_tokens=KV_CONTEXT_TOKENS, num_draft_tokens=NUM_DRAFTS)
+    half = budget_bytes(profile) // 2  # both types are loaded at once
+    planned = fit(subject, widest, memory_budget=half)
+    if not planned.fits:
+        return ()
+    room = planned.plan.context_tokens
+    token_ids = token_ids[:room]
+    fitting = [prompt for prompt in prompts if len(prompt) + max_tokens <= room]
+    num_positions = min(KV_POSITIONS, len(token_ids) // 2)
+    return kv_effects(subject.artifact, widest, token_ids, fitting, num_positions=num_positions, max_tokens=max_tokens)
 
 
 def _acceptances(

@@ -8,8 +8,16 @@ from edge.bench.figures import short
 from edge.report.charts import Chart, measured_charts, part_colours, plan_chart, projected_charts
 from edge.report.markup import element
 from edge.report.style import style_sheet
-from edge.report.tables import figures_table, parts_table, planned_table, projected_table, tag, verdict_table
-from edge.report.text import megabytes
+from edge.report.tables import (
+    figures_table,
+    kv_effect_table,
+    parts_table,
+    planned_table,
+    projected_table,
+    tag,
+    verdict_table,
+)
+from edge.report.text import kv_effect_basis, megabytes
 
 Values = Mapping[str, Any]
 
@@ -20,6 +28,7 @@ def render_page(report: Values) -> str:
     sections = [_header(report, title), element("section", verdict_table(report["verdict"]), id="verdict")]
     if report["measured"]:
         sections.append(_measured(report))
+        sections += [_kv_effect(report)] if report["measured"]["kv_effect"] else []
     sections += [_projections(report), _notes(report)]
     head = [
         '<meta charset="utf-8">',
@@ -106,6 +115,18 @@ def _measured(report: Values) -> str:
         element("h3", "All figures"),
         figures_table(measured["figures"]),
         id="measured",
+    )
+
+
+def _kv_effect(report: Values) -> str:
+    effects = report["measured"]["kv_effect"]
+    return element(
+        "section",
+        element("h2", "What narrower KV rows change"),
+        element("p", escape(kv_effect_basis(effects)), class_="sub"),
+        kv_effect_table(effects),
+        element("p", escape(f"KL: {report['definitions']['KL']}."), class_="caption"),
+        id="kv-effect",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from edge.bench.figures import short
 from edge.report.markup import element
-from edge.report.text import kind_of, megabytes, percent, speed_cell
+from edge.report.text import KV_EFFECT, kind_of, kv_effect_cells, megabytes, percent, speed_cell
 
 Values = Mapping[str, Any]
 
@@ -81,6 +81,13 @@ def planned_table(measured: Values) -> str:
         for entry in measured["planned_and_measured"]
     ]
     return table(head, rows, right=(1, 2, 3))
+
+
+def kv_effect_table(effects: Sequence[Values]) -> str:
+    """What narrower KV rows change, a row a type."""
+    rows = [[escape(cell) for cell in kv_effect_cells(effect)] for effect in effects]
+    keys = [f"kv_effect.{effect['kv_dtype']}" for effect in effects]
+    return table(KV_EFFECT, rows, right=range(1, len(KV_EFFECT)), keys=keys)
 
 
 def parts_table(plans: Sequence[tuple[str, Values]], colours: Mapping[str, int]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from edge.bench.figures import figure
+from edge.bench.kv_effect import KVEffect
 from edge.bench.memory_curve import END, MAX_POINTS, MemoryCurve, Sample, cgroup_file, thinned
 from edge.bench.workload import Workload
 from edge.measured import MODELS
@@ -23,7 +24,7 @@ from edge.report.page import render_page, summary
 from edge.report.projection import AT_MOST, NO_INT8, NO_PRODUCTS, NO_SPEEDS, NO_STORAGE, SCALED, Efficiency, project
 from edge.report.projection import nearest as nearest_share
 from edge.report.subject import Subject, subject_of
-from edge.report.text import render_text
+from edge.report.text import kv_effect_cells, render_text
 from runtime.errors import EdgeError, MemoryBudgetError
 from runtime.manifest import read_manifest
 from tests.pictures import parsed
@@ -370,6 +371,12 @@ def test_what_is_not_measured_is_labelled(report: dict[str, Any]) -> None:
     assert lines["bare"].endswith(NO_SPEEDS) and "PROJECTION" not in lines["bare"]
     assert "PROJECTION: computed, not measured" in text
     assert "swap off" in html
+
+
+def test_kv_effect_without_a_drafter_tells_no_acceptance() -> None:
+    effect = KVEffect("int8", 8192, 512, 1.26e-4, 0.0123, 0.998, None, None, (96, 17), (96, 96))
+    cells = kv_effect_cells(effect.to_json())
+    assert cells == ("int8", "0.00013", "0.012", "99.8%", "-", "1 of 2 prompts", "113 of 192")
 
 
 def test_acceptance_of_prompts_is_not_called_assumed(subject: Subject) -> None:

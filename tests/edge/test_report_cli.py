@@ -14,6 +14,7 @@ from edge import report_cli
 from edge.report import fits
 from profiles import available_profiles, load_profile
 from tests.commands import Capture, assert_fails, run
+from tests.layouts import needs_native
 from tests.pictures import parsed
 from tests.report_fakes import MIB, fake_plan, stated_profile
 
@@ -137,6 +138,52 @@ def test_every_picture_is_well_formed(ran: Ran) -> None:
     pictures = re.findall(r"<svg .*?</svg>", ran.html, re.S)
     labels = [parsed(picture).attrib["aria-label"] for picture in pictures]
     assert {"Decode", "Prefill", "Anonymous memory over time", "PROJECTION: decode"} <= set(labels)
+
+
+def test_portable_rows_have_one_type_and_no_section(ran: Ran) -> None:
+    assert ran.json["measured"]["kv_effect"] == []
+    assert "kv-effect" not in ran.html and "What narrower KV rows change" not in ran.html
+
+
+@needs_native
+def test_narrower_rows_are_compared_on_the_prompts(
+    tiny_artifact: Callable[..., Path], tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_cli, "load_profile", made_up_profile)
+    sizes = replace(report_cli.Sizes.of(is_quick=True), prompts=(8,), contexts=(8,), num_cold_tokens=1)
+    monkeypatch.setattr(report_cli.Sizes, "of", lambda **_: sizes)
+    files = {name: tmp_path / f"report.{name}" for name in ("prompts", "json", "html")}
+    too_long, left_out = "x " * 3000, "the fifth prompt"
+    files["prompts"].write_text(json.dumps(["The first", "another prompt", "The first again", too_long, left_out]))
+    arguments = [tiny_artifact("wide", 4, "int8", "native"), "--quick", "--quiet", "--prompts", files["prompts"]]
+    arguments += ["--profile", "phone", "--json", files["json"], "--html", files["html"]]
+    assert run(report_cli.main, arguments) == 0
+    effects = json.loads(files["json"].read_text())["measured"]["kv_effect"]
+    html, printed = files["html"].read_text(), capfd.readouterr().out
+    assert [effect["kv_dtype"] for effect in effects] == ["float16", "int8"]
+    for effect in effects:
+        assert (effect["context_tokens"], effect["num_positions"]) == (2048, 512), "all that the model holds"
+        assert effect["generated_tokens"] == [32, 32, 32], "the fourth does not fit, --quick takes no more"
+        assert 0 < effect["mean_kl_nats"] < effect["max_kl_nats"]
+        cells = re.findall("<td.*?>(.*?)</td>", _row(html, f"kv_effect.{effect['kv_dtype']}"))
+        assert cells == [
+            effect["kv_dtype"],
+            f"{effect['mean_kl_nats']:.2g}",
+            f"{effect['max_kl_nats']:.2g}",
+            f"{effect['same_best_share']:.1%}",
+            f"{effect['acceptance_rate']:.1%}, float32 {effect['float32_acceptance_rate']:.1%}",
+            f"{effect['num_equal_prompts']} of 3 prompts",
+            f"{sum(effect['equal_tokens'])} of 96",
+        ]
+        assert re.search("^" + " +".join(map(re.escape, cells)) + "$", printed, re.M)
+    for text in (html, printed):
+        assert "the last 512 positions of a context of 2,048 tokens" in text
+    assert "0 is no difference" in html[html.index('id="kv-effect"') : html.index('id="projections"')]
+
+
+def _row(html: str, key: str) -> str:
+    (row,) = re.findall(rf'<tr data-key="{re.escape(key)}">.*?</tr>', html)
+    return str(row)
 
 
 def test_a_model_without_weights(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
