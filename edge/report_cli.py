@@ -16,11 +16,10 @@ from edge.report.page import render_page
 from edge.report.subject import Subject, subject_of
 from edge.report.text import render_text
 from edge.whole_file import check_destination, write_whole
-from profiles import DeviceProfile, available_profiles, load_profile
+from profiles import DeviceProfile, available_profiles, detect_profile, load_profile
 from runtime.errors import EdgeError
 
 NAME = "edge-report"
-HERE = "laptop"  # the profile that this machine is measured with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +64,7 @@ def _report(options: argparse.Namespace, command: str) -> None:
         raise EdgeError(f"--html and --json both name {options.html}; name two files")
     _check_acceptance(options)
     profiles = [load_profile(name) for name in dict.fromkeys(options.profile or available_profiles())]
-    here = load_profile(HERE)
+    here = detect_profile()
     sizes = Sizes.of(is_quick=options.quick)
     texts = () if options.prompts is None else prompt_texts(options.prompts)
     subject = subject_of(options)

@@ -237,7 +237,7 @@ def test_a_child_that_fails_is_one_line(
 ) -> None:
     made_up(monkeypatch)
     small = replace(load_profile("laptop"), memory_fraction=None, memory_budget_bytes=1_000_000)
-    monkeypatch.setattr(report_cli, "load_profile", lambda name: small)
+    monkeypatch.setattr(report_cli, "detect_profile", lambda: small)
     match = "^edge-report: measuring load: laptop: artifact needs [0-9]+ MiB .* the budget is 1 MiB"
     assert_fails(report_cli.main, [tiny_artifact("wide", 4), "--quick", "--quiet"], match, capfd)
 
