@@ -162,7 +162,7 @@ def _plan(
         profile=profile.name,
         layout=layout,
         kv_dtype=kv_dtype,
-        bits=manifest.recipe["matrices"]["bits"],
+        bits=manifest.token_table.bits,
         has_drafter=has_drafter(manifest, profile),
         context_tokens=planned,
         max_context_tokens=fitting,
@@ -284,7 +284,8 @@ class _Choice(NamedTuple):
 
 def _way_out(choice: _Choice, plan: MemoryPlan, context_tokens: int | None) -> str:
     """A shorter context and the changes that fit, each alone; else several together, or how much is the least."""
-    fitting = [f"context_tokens {plan.max_context_tokens:,}"] if plan.max_context_tokens >= LEAST_TOKENS else []
+    is_shorter_enough = plan.max_context_tokens >= LEAST_TOKENS and plan.load_peak_bytes <= plan.budget_bytes
+    fitting = [f"context_tokens {plan.max_context_tokens:,}"] if is_shorter_enough else []
     together, texts, needed = choice, [], plan.peak_bytes
     changes = list(_changes(choice))
     for text, change in changes:

@@ -131,6 +131,17 @@ def test_a_shorter_context_is_the_nearest_option(manifest, one_thread):
     assert caught.value.plan.context_tokens == 1000
 
 
+def test_no_context_is_short_enough_for_what_loading_takes(tiny_artifact, one_thread):
+    manifest = read_manifest(tiny_artifact("wide", 4, "int8", "native"))
+    files = manifest.files | {"tokenizer.json": replace(manifest.files["tokenizer.json"], size_bytes=20 << 20)}
+    large = replace(manifest, files=files)  # reading it takes more than all that comes behind it
+    plan = plan_memory(large, one_thread, PLENTY, context_tokens=1000)
+    assert plan.anonymous_bytes < plan.load_peak_bytes == plan.peak_bytes
+    with pytest.raises(MemoryBudgetError, match="; the least is ") as caught:
+        plan_memory(large, one_thread, plan.load_peak_bytes - 1, context_tokens=1000)
+    assert caught.value.plan.max_context_tokens == 1000
+
+
 OPTIONS = {"kv_dtype int8": {"kv_dtype": "int8"}, "num_draft_tokens 0": {"num_draft_tokens": 0}}
 
 
