@@ -138,7 +138,7 @@ def test_no_context_is_short_enough_for_what_loading_takes(tiny_artifact, one_th
     plan = plan_memory(large, one_thread, PLENTY, context_tokens=1000)
     assert plan.anonymous_bytes < plan.load_peak_bytes == plan.peak_bytes
     with pytest.raises(MemoryBudgetError, match="; the least is ") as caught:
-        plan_memory(large, one_thread, plan.load_peak_bytes - 1, context_tokens=1000)
+        plan_memory(large, one_thread, plan.load_peak_bytes - (4 << 20), context_tokens=1000)
     assert caught.value.plan.max_context_tokens == 1000
 
 
