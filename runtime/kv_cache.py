@@ -163,9 +163,9 @@ def full_bytes_per_token(model: ModelConfig, kv_dtype: KVDtype) -> int:
     return _row_bytes(model, kv_dtype, "full")
 
 
-def sliding_bytes(model: ModelConfig, kv_dtype: KVDtype, max_new_tokens: int) -> int:
-    """Bytes of the sliding layers' arrays once they are full, whatever the context."""
-    return _row_bytes(model, kv_dtype, "sliding") * (model.sliding_window + 1 + max_new_tokens)
+def sliding_bytes(model: ModelConfig, kv_dtype: KVDtype, max_new_tokens: int, context_tokens: int) -> int:
+    """Bytes of the sliding layers' arrays once the context, or else the window with its new rows, has filled them."""
+    return _row_bytes(model, kv_dtype, "sliding") * min(model.sliding_window + 1 + max_new_tokens, context_tokens)
 
 
 def _row_bytes(model: ModelConfig, kv_dtype: KVDtype, kind: AttentionKind) -> int:

@@ -7,6 +7,7 @@ The figures are those of Linux on x86-64 with CPython 3.11 and onnxruntime 1.32;
 holds them to what a child process is measured to take.
 """
 
+import bisect
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from runtime.activations import FLOAT_BYTES, forward_bytes, scratch_bytes
 from runtime.errors import MemoryBudgetError, RequestError
 from runtime.kv_cache import full_bytes_per_token, sliding_bytes
 from runtime.kv_rows import KVDtype, choose_kv_dtype
-from runtime.layout import DECODER_DATA, DRAFTER_DATA, Layout
+from runtime.layout import DECODER, DECODER_DATA, DRAFTER, DRAFTER_DATA, Layout
 from runtime.manifest import TOKENIZER, Manifest
 from runtime.model_config import ModelConfig
 from runtime.tables import CACHED_TABLE_BYTES
@@ -30,13 +31,13 @@ FEWEST_BITS = 4
 MIB = 1 << 20
 INTERPRETER_BYTES = 38 * MIB  # interpreter, numpy, onnxruntime and this package, at work (measured 33 to 37)
 THREAD_BYTES = MIB // 4  # of a thread of each session
-# a tokenizer in memory, relative to its compact file (measured 7.8, while it loads 13.8)
-TOKENIZER_FACTOR, TOKENIZER_LOAD_FACTOR = 8, 14.5
+# a tokenizer in memory, relative to its compact file (measured 7.75, while it loads 13.8)
+TOKENIZER_FACTOR, TOKENIZER_LOAD_FACTOR = 7.85, 14.5
 GRAPH_FACTOR = 8  # a session relative to its graph's file, without packed weights
 TOKEN_BYTES = 240  # of a prompt's token ids and their lookup (measured 225)
 # Drawing from the whole vocabulary (top_k 0): logits, order, probabilities and their sums, as float64 and int64.
 SAMPLING_BYTES = 64
-SPARE = 0.03  # of everything: what the heap cannot give back between blocks in use
+SPARE = 0.02  # of everything: what the heap cannot give back between blocks in use
 # Beside a block's codes onnxruntime packs its float16 scale as float32 and keeps sums and a widened copy: measured.
 PACKED_SCALE_BYTES = 12
 FLOAT_WEIGHTS_FACTOR = 1.6  # where the manifest describes no blocks: of the data files, as measured in blocks of 32
@@ -147,16 +148,12 @@ def _plan(
     """As `plan_memory`, but of the least context where nothing fits."""
     _check_context(manifest, context_tokens)
     layout, kv_dtype = manifest.layout, choose_kv_dtype(profile, manifest.layout)
-    fixed, per_token = _fixed_parts(manifest, profile), _bytes_per_token(manifest, profile)
     wanted = min(profile.context_tokens if context_tokens is None else context_tokens, manifest.model.context_tokens)
-    left = budget_bytes - sum(part.num_bytes for part in fixed if part.kind == "anonymous")
-    fitting = max(0, min(wanted, left // per_token))
+    fitting = bisect.bisect_right(
+        range(1, wanted + 1), budget_bytes, key=lambda num_tokens: _anonymous(_parts(manifest, profile, num_tokens))
+    )
     planned = context_tokens or max(fitting, min(wanted, LEAST_TOKENS))
-    kv_bytes = full_bytes_per_token(manifest.model, kv_dtype)
-    growing = [
-        MemoryPart("KV rows", planned * kv_bytes, "anonymous"),
-        MemoryPart("attention and token ids", planned * (per_token - kv_bytes), "anonymous"),
-    ]
+    parts = _parts(manifest, profile, planned)
     return MemoryPlan(
         model=model,
         profile=profile.name,
@@ -168,11 +165,11 @@ def _plan(
         max_context_tokens=fitting,
         prefill_chunk_tokens=profile.prefill_chunk_tokens,
         budget_bytes=budget_bytes,
-        load_peak_bytes=_load_peak(manifest, fixed),
-        kv_bytes_per_token=kv_bytes,
-        bytes_per_token=per_token,
+        load_peak_bytes=_load_peak(manifest, parts),
+        kv_bytes_per_token=full_bytes_per_token(manifest.model, kv_dtype),
+        bytes_per_token=_bytes_per_token(manifest, profile),
         table_bytes=manifest.files[manifest.ple_table.file].size_bytes,
-        parts=(*(part for part in fixed if part.num_bytes), *growing),
+        parts=parts,
     )
 
 
@@ -189,11 +186,12 @@ def has_drafter(manifest: Manifest, profile: DeviceProfile) -> bool:
     return manifest.drafter is not None and profile.num_draft_tokens > 0
 
 
-def _fixed_parts(manifest: Manifest, profile: DeviceProfile) -> list[MemoryPart]:
-    """What does not depend on the context."""
-    model, num_new, num_threads = manifest.model, max_new_tokens(profile), threads_of(profile)
+def _parts(manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> tuple[MemoryPart, ...]:
+    """What takes memory with a full context of so many tokens."""
+    model, num_threads = manifest.model, threads_of(profile)
+    num_new, kv_dtype = min(max_new_tokens(profile), context_tokens), choose_kv_dtype(profile, manifest.layout)
     is_native, drafts = manifest.layout == "native", has_drafter(manifest, profile)
-    graphs = [name for name in ("decoder.onnx", "drafter.onnx") if drafts or not name.startswith("drafter")]
+    graphs = [name for name in (DECODER, DRAFTER) if drafts or name != DRAFTER]
     anonymous = {
         "interpreter and libraries": INTERPRETER_BYTES + THREAD_BYTES * num_threads * len(graphs),
         "tokenizer": int(TOKENIZER_FACTOR * manifest.files[TOKENIZER].size_bytes),
@@ -203,15 +201,23 @@ def _fixed_parts(manifest: Manifest, profile: DeviceProfile) -> list[MemoryPart]
         "drafter": _drafter_bytes(manifest) if drafts else 0,
         "activations": _activation_bytes(manifest, num_new),
         "scratch of the native ops": scratch_bytes(model, num_new, num_threads) if is_native else 0,
-        "KV windows": sliding_bytes(model, choose_kv_dtype(profile, manifest.layout), num_new),
+        "KV windows": sliding_bytes(model, kv_dtype, max_new_tokens(profile), context_tokens),
     }
     anonymous["heap between blocks"] = int(SPARE * sum(anonymous.values()))
+    kv_bytes = full_bytes_per_token(model, kv_dtype)
+    anonymous["KV rows"] = context_tokens * kv_bytes
+    anonymous["attention and token ids"] = context_tokens * (_bytes_per_token(manifest, profile) - kv_bytes)
     weights = _weight_bytes(manifest, drafts=drafts) if is_native else 0
-    return [
+    parts = (
         *(MemoryPart(name, num_bytes, "anonymous") for name, num_bytes in anonymous.items()),
         MemoryPart("weights", weights, "mapped"),
         MemoryPart("PLE rows", CACHED_TABLE_BYTES, "cached"),
-    ]
+    )
+    return tuple(part for part in parts if part.num_bytes)
+
+
+def _anonymous(parts: tuple[MemoryPart, ...]) -> int:
+    return sum(part.num_bytes for part in parts if part.kind == "anonymous")
 
 
 def _bytes_per_token(manifest: Manifest, profile: DeviceProfile) -> int:
@@ -223,9 +229,9 @@ def _bytes_per_token(manifest: Manifest, profile: DeviceProfile) -> int:
     return rows + FLOAT_BYTES * max_new_tokens(profile) * (SCORE_COPIES * model.num_heads + 2)
 
 
-def _load_peak(manifest: Manifest, fixed: list[MemoryPart]) -> int:
+def _load_peak(manifest: Manifest, parts: tuple[MemoryPart, ...]) -> int:
     """Reading the tokenizer is the most that loading takes; packing weights comes behind it."""
-    at_rest = {part.name: part.num_bytes for part in fixed}
+    at_rest = {part.name: part.num_bytes for part in parts}
     return at_rest["interpreter and libraries"] + int(TOKENIZER_LOAD_FACTOR * manifest.files[TOKENIZER].size_bytes)
 
 

@@ -161,7 +161,7 @@ def test_kv_bytes_and_jumps_follow_the_rows_type(
         opened, model = OpenedArtifact(runtime), runtime.manifest.model
         opened.jump(300)
         window = model.sliding_window
-        sliding = sliding_bytes(model, kv_dtype, 0) // (window + 1)
+        sliding = sliding_bytes(model, kv_dtype, 0, 1 << 20) // (window + 1)
         assert opened.kv_bytes(300) == 300 * full_bytes_per_token(model, kv_dtype) + window * sliding
         assert np.isfinite(opened.target.forward([4, 5, 6], num_kept=3).logits).all()
 

@@ -100,7 +100,7 @@ def test_e2b(as_written: Any) -> None:
     # keys and values: 3 full layers of 512, 12 sliding ones of 256
     for kv_dtype, size in SIZES.items():
         assert full_bytes_per_token(model, kv_dtype) == 3 * 2 * 512 * size
-        assert sliding_bytes(model, kv_dtype, 511) == 12 * 2 * 256 * size * 1024
+        assert sliding_bytes(model, kv_dtype, 511, 1 << 20) == 12 * 2 * 256 * size * 1024
 
 
 @SHAPES
@@ -115,7 +115,7 @@ def test_e4b(as_written: Any) -> None:
         assert layer.kv_source == ((23 if is_full else 22) if is_shared else index)
     for kv_dtype, size in SIZES.items():
         assert full_bytes_per_token(model, kv_dtype) == 4 * 2 * 2 * 512 * size
-        assert sliding_bytes(model, kv_dtype, 511) == 20 * 2 * 2 * 256 * size * 1024
+        assert sliding_bytes(model, kv_dtype, 511, 1 << 20) == 20 * 2 * 2 * 256 * size * 1024
 
 
 def test_the_other_fields() -> None:

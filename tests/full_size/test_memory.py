@@ -43,13 +43,13 @@ artifact, num_tokens, kv_dtype, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3
 profile = dataclasses.replace(load_profile("laptop"), kv_dtype=kv_dtype)
 with Runtime.load(artifact, profile=profile, memory_budget="4 GiB", context_tokens=num_tokens) as runtime:
     runtime.generate([2, 300], max_tokens=8, top_k=0, num_draft_tokens=16)
-    prompt = [2 + 97 * i % 260_000 for i in range(num_tokens - 40)]
+    prompt = [2 + 97 * i % 260_000 for i in range(num_tokens - 9)]
     if mode == "prefill":
-        assert runtime.generate(prompt, max_tokens=36, num_draft_tokens=7).stats.num_drafted
+        assert runtime.generate(prompt, max_tokens=8, num_draft_tokens=7).stats.num_drafted
     else:
         opened, held = OpenedArtifact(runtime), PromptLookup(prompt)
-        opened.jump(len(prompt) - 512)
-        opened.target.forward(prompt[-512:], num_kept=1)
+        opened.jump(len(prompt) - 548)
+        opened.target.forward(prompt[-548:-36], num_kept=1)
         params = SamplingParams(temperature=1.0, top_k=0, top_p=0.95)
         for _ in opened.rounds(opened.target, opened.drafter, 300, 36, params, DraftCounts(), num_draft_tokens=7):
             pass

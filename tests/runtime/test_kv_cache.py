@@ -207,7 +207,7 @@ def test_planned_bytes_are_those_of_the_rows(kv_dtype: KVDtype, num_tokens: int,
         append_marked(cache, min(max_new_tokens, num_tokens - cache.num_tokens))
     num_sliding = min(num_tokens, WINDOW + 1 + max_new_tokens)
     planned = num_tokens * full_bytes_per_token(MODEL, kv_dtype)
-    planned += sliding_bytes(MODEL, kv_dtype, max_new_tokens) * num_sliding // (WINDOW + 1 + max_new_tokens)
+    planned += sliding_bytes(MODEL, kv_dtype, max_new_tokens, 1 << 20) * num_sliding // (WINDOW + 1 + max_new_tokens)
     assert planned <= cache.nbytes < planned + NUM_ARRAYS * PAGE_BYTES
 
 
@@ -215,7 +215,8 @@ def test_planned_bytes_are_those_of_the_rows(kv_dtype: KVDtype, num_tokens: int,
 def test_planned_bytes_by_hand(kv_dtype: KVDtype, full: int, sliding: int) -> None:
     # keys and values: one full owner of 1 head x 6, two sliding owners of 2 heads x 4
     assert full_bytes_per_token(MODEL, kv_dtype) == 2 * full
-    assert sliding_bytes(MODEL, kv_dtype, 17) == 2 * 2 * 2 * sliding * (WINDOW + 1 + 17)
+    assert sliding_bytes(MODEL, kv_dtype, 17, 1 << 20) == 2 * 2 * 2 * sliding * (WINDOW + 1 + 17)
+    assert sliding_bytes(MODEL, kv_dtype, 17, WINDOW) == 2 * 2 * 2 * sliding * WINDOW
 
 
 @pytest.mark.parametrize(("head_dim", "num_bytes"), [(64, 66), (65, 69), (128, 132), (256, 264), (512, 528)])

@@ -56,7 +56,8 @@ def test_parts_add_up(manifest, one_thread):
     kv_rows = next(part.num_bytes for part in plan.parts if part.name == "KV rows")
     windows = next(part.num_bytes for part in plan.parts if part.name == "KV windows")
     assert kv_rows == plan.context_tokens * full_bytes_per_token(manifest.model, plan.kv_dtype)
-    assert windows == sliding_bytes(manifest.model, plan.kv_dtype, memory_plan.max_new_tokens(one_thread))
+    num_new = memory_plan.max_new_tokens(one_thread)
+    assert windows == sliding_bytes(manifest.model, plan.kv_dtype, num_new, plan.context_tokens)
 
 
 def test_native_weights_are_mapped_and_portable_ones_packed(tiny_artifact, one_thread):
