@@ -64,7 +64,7 @@ class KVCache:
         self._window = model.sliding_window
         self._kinds: dict[AttentionKind, _Kind] = {
             "full": _Kind(max_tokens),
-            "sliding": _Kind(self._kept_tokens + max_new_tokens),
+            "sliding": _Kind(min(self._kept_tokens + max_new_tokens, max_tokens)),
         }
         self._memory = self._reserve(model)
 
