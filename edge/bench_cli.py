@@ -10,7 +10,6 @@ from edge.bench.plan import Plan, quick
 from edge.bench.suite import run_bench
 from edge.command import CommandParser, run_command
 from edge.measured import (
-    MODELS,
     add_acceptance_options,
     add_recipe_options,
     artifact_folder,
@@ -18,7 +17,7 @@ from edge.measured import (
     prompt_texts,
 )
 from edge.whole_file import check_destination, write_whole
-from profiles import available_profiles, load_profile
+from profiles import MODELS, available_profiles, load_profile
 from runtime import native
 from runtime.errors import EdgeError
 from runtime.manifest import read_manifest

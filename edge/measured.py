@@ -9,7 +9,6 @@ from pathlib import Path
 from runtime.errors import EdgeError
 
 LAYOUTS = ("native", "portable")
-MODELS = ("E2B", "E4B")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, of: str) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from edge.command import CommandParser, run_command
-from edge.measured import MODELS, add_acceptance_options, add_recipe_options, progress_lines, prompt_texts
+from edge.measured import add_acceptance_options, add_recipe_options, progress_lines, prompt_texts
 from edge.report.content import DEFINITIONS, build_report
 from edge.report.measure import Measured, Sizes, measure_subject
 from edge.report.page import render_page
 from edge.report.subject import Subject, subject_of
 from edge.report.text import render_text
 from edge.whole_file import check_destination, write_whole
-from profiles import DeviceProfile, available_profiles, detect_profile, load_profile
+from profiles import MODELS, DeviceProfile, available_profiles, detect_profile, load_profile
 from runtime.errors import EdgeError
 
 NAME = "edge-report"

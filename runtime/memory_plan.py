@@ -68,7 +68,6 @@ class MemoryPlan:
         budget_bytes: anonymous memory that the device grants
         load_peak_bytes: the most anonymous memory while it loads
         kv_bytes_per_token: KV rows that each token of context adds
-        bytes_per_token: everything anonymous that it adds
         table_bytes: the PLE table's file
         parts: what takes how much with a full context
     """
@@ -85,7 +84,6 @@ class MemoryPlan:
     budget_bytes: int
     load_peak_bytes: int
     kv_bytes_per_token: int
-    bytes_per_token: int
     table_bytes: int
     parts: tuple[MemoryPart, ...]
 
@@ -149,11 +147,15 @@ def _plan(
     _check_context(manifest, context_tokens)
     layout, kv_dtype = manifest.layout, choose_kv_dtype(profile, manifest.layout)
     wanted = min(profile.context_tokens if context_tokens is None else context_tokens, manifest.model.context_tokens)
-    fitting = bisect.bisect_right(
-        range(1, wanted + 1), budget_bytes, key=lambda num_tokens: _anonymous(_parts(manifest, profile, num_tokens))
-    )
+    num_threads = threads_of(profile)  # asks the system, which need not be asked for every context that is tried
+
+    def parts_of(num_tokens: int) -> tuple[MemoryPart, ...]:
+        return _parts(manifest, profile, num_tokens, num_threads)
+
+    contexts = range(1, wanted + 1)
+    fitting = bisect.bisect_right(contexts, budget_bytes, key=lambda num_tokens: _anonymous(parts_of(num_tokens)))
     planned = context_tokens or max(fitting, min(wanted, LEAST_TOKENS))
-    parts = _parts(manifest, profile, planned)
+    parts = parts_of(planned)
     return MemoryPlan(
         model=model,
         profile=profile.name,
@@ -167,7 +169,6 @@ def _plan(
         budget_bytes=budget_bytes,
         load_peak_bytes=_load_peak(manifest, parts),
         kv_bytes_per_token=full_bytes_per_token(manifest.model, kv_dtype),
-        bytes_per_token=_bytes_per_token(manifest, profile),
         table_bytes=manifest.files[manifest.ple_table.file].size_bytes,
         parts=parts,
     )
@@ -186,9 +187,9 @@ def has_drafter(manifest: Manifest, profile: DeviceProfile) -> bool:
     return manifest.drafter is not None and profile.num_draft_tokens > 0
 
 
-def _parts(manifest: Manifest, profile: DeviceProfile, context_tokens: int) -> tuple[MemoryPart, ...]:
+def _parts(manifest: Manifest, profile: DeviceProfile, context_tokens: int, num_threads: int) -> tuple[MemoryPart, ...]:
     """What takes memory with a full context of so many tokens."""
-    model, num_threads = manifest.model, threads_of(profile)
+    model = manifest.model
     num_new, kv_dtype = min(max_new_tokens(profile), context_tokens), choose_kv_dtype(profile, manifest.layout)
     is_native, drafts = manifest.layout == "native", has_drafter(manifest, profile)
     graphs = [name for name in (DECODER, DRAFTER) if drafts or name != DRAFTER]

@@ -46,7 +46,6 @@ def fake_plan(
         budget_bytes=budget,
         load_peak_bytes=120 * MIB,
         kv_bytes_per_token=rows,
-        bytes_per_token=rows,
         table_bytes=1320 * MIB,
         parts=parts,
     )

@@ -15,7 +15,6 @@ from edge.bench.figures import figure
 from edge.bench.kv_effect import KVEffect
 from edge.bench.memory_curve import END, MAX_POINTS, MemoryCurve, Sample, cgroup_file, thinned
 from edge.bench.workload import Workload
-from edge.measured import MODELS
 from edge.report import fits
 from edge.report.content import build_report, cpu_name, printable
 from edge.report.fits import Fit, fit, residency
@@ -25,6 +24,7 @@ from edge.report.projection import AT_MOST, NO_INT8, NO_PRODUCTS, NO_SPEEDS, NO_
 from edge.report.projection import nearest as nearest_share
 from edge.report.subject import Subject, subject_of
 from edge.report.text import kv_effect_cells, render_text
+from profiles import MODELS
 from runtime.errors import EdgeError, MemoryBudgetError
 from runtime.manifest import read_manifest
 from tests.pictures import parsed

@@ -201,3 +201,10 @@ def test_no_drafts_no_drafter(tiny_artifact, one_thread):
         assert not runtime.plan.has_drafter
         assert runtime._loaded.drafter is None
         assert runtime.generate([2, 5, 7], max_tokens=8, temperature=0.0).stats.num_drafted == 0
+
+
+def test_the_machine_is_asked_once_a_plan(manifest, one_thread, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory_plan, "threads_of", lambda profile: asked.append(profile) or 1)
+    plan_memory(manifest, one_thread, PLENTY)
+    assert len(asked) == 1
