@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import CheckpointError
-from export.expected import expected_manifest
+from export.expected import expected_manifest, matrices
 from export.hf_config import drafter_config, model_config
 from export.released import RELEASED
 from profiles import DeviceProfile, load_profile, stated_budget_bytes
@@ -116,11 +116,12 @@ def _expected(
         recipe = make_recipe(bits, block_size)
     except RecipeError as error:
         raise RequestError(str(error)) from error
-    if layout not in (None, *LAYOUTS) or (layout == "native" and not recipe.allows_native):
-        raise RequestError(f"layout is {layout!r}; {bits} bits in blocks of {block_size} do not have it")
     model = model_config(target, where)
     drafter = drafter_config(assistant, model, where) if assistant else None
-    chosen = layout or ("native" if recipe.allows_native else "portable")
+    allows_native = recipe.allows_native(matrix.name for matrix in matrices(model, drafter))
+    if layout not in (None, *LAYOUTS) or (layout == "native" and not allows_native):
+        raise RequestError(f"layout is {layout!r}; {bits} bits in blocks of {block_size} do not have it")
+    chosen = layout or ("native" if allows_native else "portable")
     return expected_manifest(model, drafter, recipe, chosen, tokenizer_bytes=None)
 
 

@@ -7,9 +7,10 @@ which were read do not add up in this process's resident memory.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from export.errors import CheckpointError
-from quant.blockwise import BlockFormat, Codes, Float16, quantize_rows
+from export.quantization_config import WAY_OUT, Storage, find_storages
+from export.quantized_tensors import FLOAT_TYPES, QuantizedTensor, check_finite
 
 CHUNK_WEIGHTS = 1 << 23  # 32 MiB as float32
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
-FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 INDEX_TYPES = {"I64", "I32"}
 
 Float32 = npt.NDArray[np.float32]
@@ -31,13 +32,21 @@ Indices = npt.NDArray[np.int64]
 
 
 class Checkpoint:
-    """The tensors and JSON files of one checkpoint folder."""
+    """The tensors and JSON files of one checkpoint folder.
+
+    A matrix that is stored quantized has the name and the shape that it would have unquantized; the tensors that it is
+    stored as have no names of their own here.
+    """
+
+    _storages: Mapping[str, Storage] = MappingProxyType({})
+    _matrix_of: Mapping[str, str] = MappingProxyType({})  # the quantized matrix that a stored tensor belongs to
 
     def __init__(self, folder: Path) -> None:
         """Opens every safetensors shard.
 
         Raises:
-            CheckpointError: the folder, its config or its weights are missing or damaged, or only pickles are there.
+            CheckpointError: the folder, its config or its weights are missing or damaged, only pickles are there, or
+                the weights are quantized in a way that cannot be read.
         """
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -46,6 +55,10 @@ class Checkpoint:
         self.weight_files = self._find_weight_files()
         self._tensors = {name: entry for file in self.weight_files for name, entry in _read_header(file)}
         self._check_index()
+        types = {name: entry.dtype for name, entry in self._tensors.items()}
+        self._storages = find_storages(self.config, types, str(folder / "config.json"))
+        self._matrix_of = {part: name for name, storage in self._storages.items() for part in storage.tensors}
+        self._opened: dict[str, QuantizedTensor] = {}
 
     def read_text(self, name: str) -> str:
         """A text file of the folder; CheckpointError where it is missing, no file or not UTF-8."""
@@ -82,48 +95,83 @@ class Checkpoint:
         return {file.name: _sha256(file) for file in files}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._storages or (name in self._tensors and name not in self._matrix_of)
 
     def names(self) -> list[str]:
         """Every tensor's name."""
-        return list(self._tensors)
+        return list(dict.fromkeys(self._matrix_of.get(name, name) for name in self._tensors))
 
     def place(self, name: str) -> str:
-        """A tensor's file and name, for messages."""
-        return f"{self._entry(name).file}: tensor {name}"
+        """A tensor's file and name, for messages; also of a quantized matrix, or a tensor that one is stored as."""
+        parts = self._storages[name].tensors if name in self._storages else ()
+        return f"{self._entry(next((part for part in parts if part in self._tensors), name)).file}: tensor {name}"
 
     def num_elements(self, name: str) -> int:
         """Elements of a tensor of any type."""
-        return math.prod(self._entry(name).shape)
+        stored = self.quantized(name)
+        return math.prod(self._entry(name).shape if stored is None else stored.shape)
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """A matrix that is stored quantized; None for other tensors, CheckpointError where it is damaged."""
+        if name in self._storages and name not in self._opened:
+            self._opened[name] = self._storages[name].open(self, name)
+        return self._opened.get(name) if name in self._storages else None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; CheckpointError where the checkpoint lacks it or stores it as no plain float."""
+        """Shape of a tensor; CheckpointError where the checkpoint lacks it or stores it as nothing that can be read."""
+        if (stored := self.quantized(name)) is not None:
+            return stored.shape
         entry = self._entry(name)
         if entry.dtype not in FLOAT_TYPES:
             raise CheckpointError(
-                f"{self.place(name)} is stored as {entry.dtype}, expected one of {', '.join(sorted(FLOAT_TYPES))}; "
-                "quantized checkpoints cannot be exported, use the unquantized one"
+                f"{self.place(name)} is stored as {entry.dtype}, expected one of {', '.join(sorted(FLOAT_TYPES))}, "
+                f"as config.json names no quantization of it; {WAY_OUT}"
             )
         return entry.shape
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[Float32]:
         """Rows [start, stop) of a matrix as float32 chunks [num_rows, width]; CheckpointError on NaN or infinity."""
-        step = max(1, CHUNK_WEIGHTS // self.shape(name)[-1])
+        stored, step = self.quantized(name), max(1, CHUNK_WEIGHTS // self.shape(name)[-1])
         for first in range(start, stop, step):
-            yield self._floats(name, self._read(name, first, min(first + step, stop)))
+            last = min(first + step, stop)
+            if stored is None:
+                yield self._floats(name, self.read(name, first, last))
+            else:
+                yield self._checked(name, stored.rows(first, last))
 
     def rows_in_order(self, name: str, order: Indices) -> Iterator[Float32]:
-        """Rows of a matrix in an order of their own, as `rows`; holds the tensor once, in the checkpoint's type."""
+        """Rows of a matrix in an order of their own, as `rows`; holds the tensor once, in the checkpoint's type.
+
+        A quantized one is dequantized once for each chunk instead.
+        """
         step = max(1, CHUNK_WEIGHTS // self.shape(name)[-1])
-        tensor = self._read(name, 0, len(order))
+        tensor = self.read(name, 0, len(order)) if self.quantized(name) is None else None
         for first in range(0, len(order), step):
-            yield self._floats(name, tensor[torch.from_numpy(order[first : first + step])])
+            wanted = order[first : first + step]
+            if tensor is None:
+                yield self._gathered(name, wanted, len(order))
+            else:
+                yield self._floats(name, tensor[torch.from_numpy(wanted)])
+
+    def _gathered(self, name: str, wanted: Indices, num_rows: int) -> Float32:
+        found = np.empty((len(wanted), self.shape(name)[-1]), np.float32)
+        start = 0
+        for chunk in self.rows(name, 0, num_rows):
+            here = (start <= wanted) & (wanted < start + len(chunk))
+            found[here] = chunk[wanted[here] - start]
+            start += len(chunk)
+        return found
+
+    def single_rows(self, name: str, rows: Sequence[int], start: int, stop: int) -> Float32:
+        """Columns [start, stop) of single rows of a matrix [len(rows), stop - start]."""
+        found = [next(self.rows(name, row, row + 1))[0, start:stop] for row in rows]
+        return np.stack(found) if found else np.empty((0, stop - start), np.float32)
 
     def vector(self, name: str, size: int) -> Float32:
         """A one-dimensional tensor [size] as float32."""
         if (shape := self.shape(name)) != (size,):
             raise CheckpointError(f"{self.place(name)} has shape {list(shape)}, expected [{size}] from config.json")
-        return self._floats(name, self._read(name, 0, size))
+        return self._floats(name, self.read(name, 0, size))
 
     def indices(self, name: str, size: int) -> Indices:
         """An integer tensor [size]."""
@@ -132,31 +180,32 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.place(name)} is {entry.dtype} {list(entry.shape)}, expected integers [{size}]"
             )
-        values: Indices = self._read(name, 0, size).to(torch.int64).numpy()
+        values: Indices = self.read(name, 0, size).to(torch.int64).numpy()
         return values
 
-    def quantize(self, weights: Float32, form: BlockFormat) -> tuple[Codes, Float16]:
-        """Codes and scales of a chunk of rows; a source that makes its weights up makes up these instead."""
-        return quantize_rows(weights, form)
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """Type and shape of a tensor of the files; None where they have none of this name."""
+        entry = self._tensors.get(name)
+        return None if entry is None else (entry.dtype, entry.shape)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of a tensor of the files, or all of it, in its own type."""
+        entry = self._entry(name)
+        with _open_shard(entry.file) as shard:
+            tensor: torch.Tensor = shard.get_slice(name)[start:stop] if entry.shape else shard.get_tensor(name)
+            return tensor.clone()
 
     def _entry(self, name: str) -> "TensorEntry":
         if name not in self._tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing from the safetensors files")
         return self._tensors[name]
 
-    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        with _open_shard(self._entry(name).file) as shard:
-            tensor: torch.Tensor = shard.get_slice(name)[start:stop].clone()
-        return tensor
-
     def _floats(self, name: str, tensor: torch.Tensor) -> Float32:
-        values: Float32 = tensor.to(torch.float32).numpy()
-        self._check_finite(name, values)
-        return values
+        return self._checked(name, tensor.to(torch.float32).numpy())
 
-    def _check_finite(self, name: str, values: Float32) -> None:
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.place(name)} holds NaN or infinity; the checkpoint is damaged")
+    def _checked(self, name: str, values: Float32) -> Float32:
+        check_finite(self, name, values)
+        return values
 
     def _find_weight_files(self) -> list[Path]:
         """The shards an index names, or model.safetensors, or whatever safetensors there are."""

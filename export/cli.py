@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.recipe import RecipeError, make_recipe
+from quant.recipe import Recipe, RecipeError, make_recipe, read_recipe, recipe_names
 from runtime.errors import EdgeError
 from runtime.layout import LAYOUTS, Layout
 from runtime.staging import terminate_as_interrupt
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 NEEDED = ("torch", "safetensors", "onnx", "tqdm")
 NEEDED_BY_OPTIMUM = ("transformers", "optimum", "requests")
-RECIPE_OPTIONS = ("bits", "block_size", "activations")
-DEFAULT_BITS = 4
+UNIFORM_OPTIONS = ("bits", "block_size", "activations")
+DEFAULT_RECIPE = "int4-mixed"
+UNIFORM_BITS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bytes that an export in that layout makes",
     )
     parser.add_argument("--drafter", metavar="DIR", help="folder or hub id of the model's MTP assistant")
-    parser.add_argument("--bits", type=int, metavar="4|8|16|32", help="bits of a weight (default: 4)")
-    parser.add_argument("--block-size", type=int, metavar="N", help="weights that share a scale (default: 32)")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"which tensor gets which bits by which method: {', '.join(recipe_names())}, or a TOML file (default: "
+        f"{DEFAULT_RECIPE})",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="a text such as the model is to write; lowers what rounding costs (the demo brings its own)",
+    )
+    parser.add_argument("--bits", type=int, metavar="4|8|16|32", help="no recipe: all weights alike, to nearest")
+    parser.add_argument("--block-size", type=int, metavar="N", help="with --bits: weights to a scale (default: 32)")
     parser.add_argument(
         "--activations",
         metavar="int8|float32",
-        help="what 4- and 8-bit products compute in (default: int8; float32 is slow and exact)",
+        help="with --bits: what 4- and 8-bit products compute in (default: int8; float32 is slow and exact)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -60,33 +73,45 @@ def export(options: argparse.Namespace, *, through_optimum: bool = False) -> Non
     size = sum(entry.size_bytes for entry in manifest.files.values())
     drafting = "with drafter" if manifest.drafter else "without drafter"
     hint = "" if manifest.drafter or is_conversion else " (pass --drafter for speed)"
-    stored = f"{manifest.token_table.bits} bits, {manifest.layout}"
+    stored = f"{manifest.recipe.get('name', 'no recipe')}, {manifest.layout}"
     print(f"{options.output}: {size / 1e6:,.1f} MB, {stored}, {drafting}{hint}")
 
 
 def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest":
     _check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
     from export.pipeline import export_artifact, open_source
-    from export.source import resolve_source
+    from export.source import bundled_calibration, resolve_source
 
     if through_optimum:
         from export.optimum_backend import export_artifact
-    given = {name: value for name in RECIPE_OPTIONS if (value := getattr(options, name)) is not None}
-    try:
-        recipe = make_recipe(**({"bits": DEFAULT_BITS} | given))
-    except RecipeError as error:
-        raise EdgeError(str(error)) from error
-    layout = _layout(options)
+    recipe, layout = _recipe(options), _layout(options)
     target, drafter = resolve_source(options.source, options.drafter)
     source = open_source(target, drafter)
-    return export_artifact(source, options.output, recipe, layout=layout, show_progress=not options.quiet)
+    calibration = options.calibration or bundled_calibration(target)
+    return export_artifact(
+        source, options.output, recipe, layout=layout, calibration=calibration, show_progress=not options.quiet
+    )
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe that options ask for."""
+    given = {name: value for name in UNIFORM_OPTIONS if (value := getattr(options, name)) is not None}
+    try:
+        if not given:
+            return read_recipe(options.recipe or DEFAULT_RECIPE)
+        if options.recipe is not None:
+            option = f"--{next(iter(given)).replace('_', '-')}"
+            raise EdgeError(f"{option} and --recipe exclude each other; write it into a copy of the recipe's TOML file")
+        return make_recipe(**({"bits": UNIFORM_BITS} | given))
+    except RecipeError as error:
+        raise EdgeError(str(error)) from error
 
 
 def _convert(options: argparse.Namespace) -> "Manifest":
     """Converts SOURCE, an artifact."""
     from runtime.convert import convert_artifact
 
-    for name in ("drafter", *RECIPE_OPTIONS):
+    for name in ("drafter", "recipe", "calibration", *UNIFORM_OPTIONS):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise EdgeError(f"{option}: {options.source} is an artifact, only --layout can change; export a checkpoint")

@@ -11,17 +11,15 @@ import numpy as np
 
 from export.linear import StoredMatrix, TensorRows
 from export.stack import Emitter, Tokens, Weight, attention_and_mlp, columns, finish_layer, last_rows
-from quant.recipe import WeightFormat
 from runtime.model_config import ModelConfig
 
 
 @dataclass(slots=True)
 class DecoderGraph:
-    """Emits the target; `ple_form` stores the PLE projections."""
+    """Emits the target."""
 
     emitter: Emitter
     model: ModelConfig
-    ple_form: WeightFormat
 
     def emit(self, lm_head: StoredMatrix) -> None:
         """Appends everything between the graph's inputs and its outputs."""
@@ -69,7 +67,7 @@ class DecoderGraph:
         graph, model, size = self.emitter.graph, self.model, self.model.ple_size
         weights, name = self.emitter.weights, "per_layer_model_projection"
         rows = (TensorRows(f"{weights.prefix}{name}.weight", start * size, stop * size),)
-        projection = weights.matrix(f"{name}.{start}", rows, model.hidden_size, self.ple_form)
+        projection = weights.matrix(f"{name}.{start}", rows, model.hidden_size)
         context = graph.reshape(self.emitter.multiply(embeds, projection), [-1, size])
         # the projection's factor hidden_size^-0.5 goes into the norm's epsilon
         total = self.emitter.norm_add(
@@ -98,4 +96,4 @@ class DecoderGraph:
     def _ple_matrix(self, index: int, part: str, num_rows: int, width: int) -> Weight:
         weights, name = self.emitter.weights, f"layers.{index}.{part}"
         rows = (TensorRows(f"{weights.prefix}{name}.weight", 0, num_rows),)
-        return weights.matrix(name, rows, width, self.ple_form)
+        return weights.matrix(name, rows, width)

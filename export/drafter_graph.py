@@ -61,7 +61,7 @@ class DrafterGraph:
 
     def _dense_head(self, hidden: str) -> str:
         rows = (TensorRows(TABLE, 0, self.drafter.vocab_size),)
-        table = self._outer.matrix("lm_head", rows, self.drafter.hidden_size, self._outer.form)
+        table = self._outer.matrix("embed_tokens", rows, self.drafter.hidden_size)
         return self.emitter.multiply(hidden, table)
 
     def _centroid_head(self, hidden: str) -> str:
@@ -81,9 +81,9 @@ class DrafterGraph:
 
     def _ordered_rows(self, ordering: Indices) -> Weight:
         """The output table, centroid by centroid."""
-        drafter, form = self.drafter, self._outer.form
+        drafter = self.drafter
         rows = (TensorRows(TABLE, 0, drafter.vocab_size),)
-        return self._outer.matrix("embed_tokens", rows, drafter.hidden_size, form, ordering.ravel())
+        return self._outer.matrix("embed_tokens", rows, drafter.hidden_size, ordering.ravel())
 
 
 def token_ordering(checkpoint: Checkpoint, drafter: DrafterConfig) -> Indices:

@@ -12,6 +12,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ import numpy.typing as npt
 
 from export.checkpoint import CHUNK_WEIGHTS, Checkpoint, Float32, Indices, TensorEntry
 from export.errors import ExportError
+from export.graph import Array
 from export.hf_config import drafter_config, generation_defaults, model_config
+from export.linear import Matrix
 from export.pipeline import Source, export_artifact
 from export.released import ReleasedModel
 from export.source import DEMO_FOLDER
 from export.text_files import TOKENIZER
-from quant.blockwise import BlockFormat, Codes, Float16
+from quant.blockwise import BlockFormat, Blocks
 from quant.recipe import Recipe
 from runtime.errors import ArtifactError
 from runtime.layout import Layout
@@ -95,7 +98,7 @@ def write_dummy(
 
 def _source(dummy: ReleasedModel, target: Path, assistant: Path) -> Source:
     model = model_config(dummy.target, dummy.name)
-    return Source(
+    return RandomSource(
         target=RandomCheckpoint(target, target_shapes(model)),
         model=model,
         prefix=PREFIX,
@@ -146,14 +149,17 @@ class RandomCheckpoint(Checkpoint):
         """A permutation of `size` numbers."""
         return np.random.default_rng(zlib.crc32(name.encode())).permutation(size)
 
-    def quantize(self, weights: Float32, form: BlockFormat) -> tuple[Codes, Float16]:
+    def quantized(self, name: str) -> None:
+        """None: nothing is stored quantized."""
+        return None
+
+    def codes(self, num_rows: int, form: BlockFormat) -> Blocks:
         """Random codes and scales for weights of that variance, without the cost of quantizing."""
-        num_rows = len(weights)
         codes = self._cut(num_rows * form.row_bytes).reshape(num_rows, form.row_bytes)
         # codes are uniform: of n values around 0, their root mean square is n / sqrt(12)
         size = 12**0.5 / (1 << form.bits) * form.width**-0.5
         spread = self._cut(num_rows * form.num_blocks).reshape(num_rows, form.num_blocks)
-        return codes, (SCALES * np.float32(size)).astype(np.float16)[spread]
+        return Blocks(codes, (SCALES * np.float32(size)).astype(np.float16)[spread])
 
     def _floats_of(self, num_rows: int, width: int) -> Float32:
         """Values of zero mean and variance 1 / width."""
@@ -165,6 +171,34 @@ class RandomCheckpoint(Checkpoint):
         self._num_cuts += 1
         first = self._num_cuts * STRIDE % (POOL_BYTES - num_bytes)
         return self._pool[first : first + num_bytes]
+
+
+class RandomQuantizer:
+    """Makes codes up; what they cost is nothing that could be told."""
+
+    def blocks(self, matrix: Matrix, form: BlockFormat) -> Iterator[Blocks]:
+        """Random codes for the matrix's rows."""
+        assert isinstance(matrix.checkpoint, RandomCheckpoint)
+        step = max(1, CHUNK_WEIGHTS // matrix.width)
+        for first in range(0, matrix.num_rows, step):
+            yield matrix.checkpoint.codes(min(step, matrix.num_rows - first), form)
+
+    def nf4(self, matrix: Matrix, block_size: int) -> Iterator[tuple[Array, Array]]:
+        """Refused: no dummy has NF4."""
+        raise ExportError(f"{matrix.name}: random weights are made as integers or floats only")
+
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSource(Source):
+    """A source of random weights."""
+
+    def quantizer(self, recipe: Recipe, calibration: Path | None) -> RandomQuantizer:
+        """What makes its codes up."""
+        return RandomQuantizer()
 
 
 def target_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

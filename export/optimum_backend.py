@@ -44,10 +44,13 @@ class Gemma4TextEdgeConfig(ExporterConfig):  # type: ignore[misc]  # optimum shi
         recipe: Recipe,
         *,
         layout: Layout | None = None,
+        calibration: Path | None = None,
         show_progress: bool = True,
     ) -> Manifest:
         """Writes the artifact folder; as `export.pipeline.export_artifact`."""
-        return pipeline.export_artifact(source, destination, recipe, layout=layout, show_progress=show_progress)
+        return pipeline.export_artifact(
+            source, destination, recipe, layout=layout, calibration=calibration, show_progress=show_progress
+        )
 
 
 @_register("gemma4", TASK)
@@ -58,7 +61,13 @@ class Gemma4EdgeConfig(Gemma4TextEdgeConfig):
 
 
 def export_artifact(
-    source: Source, destination: Path, recipe: Recipe, *, layout: Layout | None = None, show_progress: bool = True
+    source: Source,
+    destination: Path,
+    recipe: Recipe,
+    *,
+    layout: Layout | None = None,
+    calibration: Path | None = None,
+    show_progress: bool = True,
 ) -> Manifest:
     """As `export.pipeline.export_artifact`, through the exporter that TasksManager has for the source's model type."""
     config = AutoConfig.from_pretrained(source.target.folder)
@@ -66,4 +75,6 @@ def export_artifact(
         BACKEND, model_type=config.model_type, task=TASK, library_name="transformers"
     )
     exporter: Gemma4TextEdgeConfig = constructor(config)
-    return exporter.export(source, destination, recipe, layout=layout, show_progress=show_progress)
+    return exporter.export(
+        source, destination, recipe, layout=layout, calibration=calibration, show_progress=show_progress
+    )

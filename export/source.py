@@ -22,6 +22,11 @@ def resolve_source(source: str, drafter: str | None) -> tuple[Path, Path | None]
     return _resolve(source), _resolve(drafter) if drafter else None
 
 
+def bundled_calibration(target: Path) -> Path | None:
+    """The demo's own calibration text; None for other checkpoints."""
+    return DEMO_FOLDER / "calibration.txt" if target == DEMO_FOLDER / "target" else None
+
+
 def _resolve(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():

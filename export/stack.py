@@ -16,7 +16,6 @@ from export.checkpoint import Checkpoint, Float32, Indices
 from export.errors import CheckpointError
 from export.graph import Graph, Region
 from export.linear import Matrix, StoredMatrix, TensorRows, WeightStore
-from quant.recipe import WeightFormat
 from runtime.model_config import LayerConfig, RopeConfig, StackConfig
 
 LAST = 1 << 62  # an end index past any axis
@@ -37,7 +36,6 @@ class StackWeights:
     checkpoint: Checkpoint
     prefix: str
     stack: StackConfig
-    form: WeightFormat
     store: WeightStore
 
     # matrices
@@ -75,15 +73,13 @@ class StackWeights:
         return self.linear(name, [(name, self.stack.hidden_size)], self.stack.layers[index].intermediate_size)
 
     def linear(self, name: str, parts: Sequence[tuple[str, int]], width: int) -> Weight:
-        """The given (tensor, number of rows), stacked, in the stack's own format."""
+        """The given (tensor, number of rows), stacked."""
         rows = tuple(TensorRows(f"{self.prefix}{part}.weight", 0, num_rows) for part, num_rows in parts)
-        return self.matrix(name, rows, width, self.form)
+        return self.matrix(name, rows, width)
 
-    def matrix(
-        self, name: str, rows: tuple[TensorRows, ...], width: int, form: WeightFormat, order: Indices | None = None
-    ) -> Weight:
-        """Rows of the checkpoint, stored in a format of their own when first asked for."""
-        return Weight(name, self.store.keep(Matrix(name, self.checkpoint, rows, width, order), form))
+    def matrix(self, name: str, rows: tuple[TensorRows, ...], width: int, order: Indices | None = None) -> Weight:
+        """Rows of the checkpoint, stored when first asked for."""
+        return Weight(name, self.store.keep(Matrix(name, self.checkpoint, rows, width, order)))
 
     def table(self, name: str, values: Indices) -> Region:
         """Integers, stored when first asked for."""

@@ -3,14 +3,14 @@
 The token table is also the output projection of decoder.onnx: one copy serves both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from export.graph import MICROSOFT, DataFile, Graph
-from export.linear import Matrix, Progress, StoredMatrix, WeightStore
-from quant.recipe import WeightFormat
+from export.linear import Matrix, StoredMatrix, WeightStore
 from runtime.layout import Layout
 from runtime.matrix_spec import TableSpec
 
@@ -42,11 +42,11 @@ class StoredTable:
 
 
 def write_table(
-    path: Path, matrix: Matrix, form: WeightFormat, layout: Layout, multiplier: float, progress: Progress
+    path: Path, matrix: Matrix, layout: Layout, multiplier: float, store: Callable[[DataFile, Layout], WeightStore]
 ) -> StoredTable:
     """Writes one table as a file of its own."""
     with DataFile(path) as data:
-        return StoredTable(WeightStore(data, layout, progress).keep(matrix, form), layout, multiplier)
+        return StoredTable(store(data, layout).keep(matrix), layout, multiplier)
 
 
 def write_embed_graph(path: Path, token_table: StoredTable, ple_table: StoredTable) -> None:

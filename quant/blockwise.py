@@ -1,14 +1,15 @@
-"""Symmetric block-wise quantization to 4 or 8 bits, in the byte layout of ONNX Runtime's `MatMulNBits`.
+"""Block-wise quantization to 4 or 8 bits, in the byte layout of ONNX Runtime's `MatMulNBits`.
 
 A block of `block_size` weights along a row shares one scale. Codes are unsigned around 2^(bits-1); two 4-bit codes
 share a byte, the earlier one in the low nibble. Rows are padded with zero weights to whole blocks. The float16 scale
 maps the weight of largest magnitude to the lowest code, as llama.cpp's Q4_0 does, so a checkpoint trained for that grid
-keeps it.
+keeps it. Asymmetric blocks have a zero point each, the code of a zero weight.
 
 Source: onnxruntime ContribOperators `MatMulNBits`; ggml `quantize_row_q4_0_ref`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,18 @@ Float16 = npt.NDArray[np.float16]
 Codes = npt.NDArray[np.uint8]
 
 
+class Blocks(NamedTuple):
+    """Quantized rows: codes [num_rows, row_bytes], and for each block a scale and, if asymmetric, a zero point.
+
+    Scales and zero points are [num_rows, num_blocks]; a weight is (code - zero point) * scale. Without zero points the
+    code of zero is 2^(bits-1).
+    """
+
+    codes: Codes
+    scales: Float16
+    zero_points: Codes | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
     """How rows of `width` weights are packed: `bits` is 4 or 8, `block_size` weights share a scale."""
@@ -25,6 +38,7 @@ class BlockFormat:
     width: int
     bits: int
     block_size: int
+    zero_point: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -37,6 +51,11 @@ class BlockFormat:
         return self.block_size * self.bits // 8
 
     @property
+    def middle(self) -> int:
+        """The code of a zero weight where there are no zero points."""
+        return 1 << (self.bits - 1)
+
+    @property
     def zero_byte(self) -> int:
         """A byte of codes of zero weights."""
         return 0x88 if self.bits == 4 else 0x80
@@ -46,12 +65,17 @@ class BlockFormat:
         """Bytes of one row's codes."""
         return self.num_blocks * self.block_bytes
 
+    @property
+    def zero_point_bytes(self) -> int:
+        """Bytes of a row's zero points, which are packed as codes are."""
+        return -(-self.num_blocks * self.bits // 8)
 
-def quantize_rows(weights: Float32, form: BlockFormat) -> tuple[Codes, Float16]:
+
+def quantize_rows(weights: Float32, form: BlockFormat) -> Blocks:
     """Rounds each weight to the nearest code of its block.
 
-    |w - dequantized| <= |scale| / 2, and <= |scale| for a weight at the clipped end (near the largest magnitude, with
-    the other sign).
+    Symmetric: |w - dequantized| <= |scale| / 2, and <= |scale| for a weight at the clipped end (near the largest
+    magnitude, with the other sign). With zero points: <= |scale| / 2.
 
     Args:
         weights: [num_rows, width]
@@ -59,24 +83,63 @@ def quantize_rows(weights: Float32, form: BlockFormat) -> tuple[Codes, Float16]:
     Returns:
         codes [num_rows, row_bytes] and scales [num_rows, num_blocks]; a scale is infinite where its block is too large
     """
+    blocks = padded_blocks(weights, form)
+    if form.zero_point:
+        return _asymmetric(blocks, form)
+    scales = _scales(blocks, form.bits)
+    return Blocks(encode(blocks, scales, form), scales)
+
+
+def padded_blocks(weights: Float32, form: BlockFormat) -> Float32:
+    """A copy of the weights as blocks [num_rows, num_blocks, block_size]; zeros fill the last one."""
     num_rows, width = weights.shape
     padded = np.zeros((num_rows, form.num_blocks * form.block_size), np.float32)
     padded[:, :width] = weights
-    blocks = padded.reshape(num_rows, form.num_blocks, form.block_size)
-    scales = _scales(blocks, form.bits)
-    middle = 1 << (form.bits - 1)
+    return padded.reshape(num_rows, form.num_blocks, form.block_size)
+
+
+def encode(blocks: Float32, scales: Float16, form: BlockFormat) -> Codes:
+    """Codes [num_rows, row_bytes] of the nearest multiples of given scales; overwrites the blocks."""
     blocks /= scales.astype(np.float32)[..., None]
     np.rint(blocks, out=blocks)
-    blocks += middle
-    np.clip(blocks, 0, 2 * middle - 1, out=blocks)
-    return _pack(blocks.astype(np.uint8).reshape(num_rows, -1), form.bits), scales
+    blocks += form.middle
+    np.clip(blocks, 0, 2 * form.middle - 1, out=blocks)
+    return pack(blocks.astype(np.uint8).reshape(len(blocks), -1), form.bits)
+
+
+def dequantize(blocks: Blocks, form: BlockFormat) -> Float32:
+    """The weights [num_rows, width] that the codes stand for."""
+    levels = unpack(blocks.codes, form.bits).reshape(len(blocks.codes), form.num_blocks, form.block_size)
+    values = levels.astype(np.float32)
+    values -= form.middle if blocks.zero_points is None else blocks.zero_points[..., None]
+    values *= blocks.scales.astype(np.float32)[..., None]
+    return values.reshape(len(values), -1)[:, : form.width]
+
+
+def pack(levels: Codes, bits: int) -> Codes:
+    """Two 4-bit codes a byte, the earlier one in the low nibble; 8-bit ones as they are. [num_rows, even number]"""
+    if bits == 8:
+        return levels
+    low, high = levels[:, 0::2], levels[:, 1::2]
+    return np.bitwise_or(low, np.left_shift(high, 4, dtype=np.uint8), dtype=np.uint8)
+
+
+def unpack(codes: Codes, bits: int) -> Codes:
+    """The levels that `pack` took."""
+    if bits == 8:
+        return codes
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
 
 
 def _scales(blocks: Float32, bits: int) -> Float16:
     """One scale a block, rounded away from zero so that none is too small for its block; 1 where all weights are 0."""
     lowest, highest = blocks.min(-1), blocks.max(-1)
-    exact = np.where(-lowest >= highest, lowest, highest) / -(1 << (bits - 1))
-    with np.errstate(over="ignore"):  # infinite where a block is too large for the scale's type
+    return outward(np.where(-lowest >= highest, lowest, highest) / -(1 << (bits - 1)))
+
+
+def outward(exact: Float32) -> Float16:
+    """The nearest float16 not below in magnitude; 1 for 0, infinite where it is too large for the type."""
+    with np.errstate(over="ignore"):
         scales: Float16 = exact.astype(np.float16)
         beyond = np.nextafter(scales, np.copysign(np.inf, exact).astype(np.float16))
     scales = np.where(np.abs(scales) < np.abs(exact), beyond, scales)
@@ -84,8 +147,16 @@ def _scales(blocks: Float32, bits: int) -> Float16:
     return scales
 
 
-def _pack(codes: Codes, bits: int) -> Codes:
-    if bits == 8:
-        return codes
-    low, high = codes[:, 0::2], codes[:, 1::2]
-    return np.bitwise_or(low, np.left_shift(high, 4, dtype=np.uint8), dtype=np.uint8)
+def _asymmetric(blocks: Float32, form: BlockFormat) -> Blocks:
+    """The range of a block, which includes 0, in equal steps; the zero point is the code of 0."""
+    most = 2 * form.middle - 1
+    lowest, highest = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    scales = outward((highest - lowest) / most)
+    with np.errstate(invalid="ignore"):
+        zero_points = np.clip(np.rint(-lowest / scales.astype(np.float32)), 0, most)
+        blocks /= scales.astype(np.float32)[..., None]
+    np.rint(blocks, out=blocks)
+    blocks += zero_points[..., None]
+    np.clip(blocks, 0, most, out=blocks)
+    codes = pack(np.nan_to_num(blocks).astype(np.uint8).reshape(len(blocks), -1), form.bits)
+    return Blocks(codes, scales, np.nan_to_num(zero_points).astype(np.uint8))

@@ -209,7 +209,7 @@ WEIGHT_FAULTS: dict[str, Fault] = {
         entry(NORM, shape=[4, 10]),
         r"tensor model.norm.weight has shape \[4, 10\], expected \[40\] from con",
     ),
-    "dtype-integer": (entry(Q, dtype="I32"), "is stored as I32, expected one of BF16, F16, F32, F64; quantized checkp"),
+    "dtype-integer": (entry(Q, dtype="I32"), "is stored as I32, expected one of BF16, F16, F32, F64, as config.json n"),
     # 39, 40
     "pickle": (only_pickles, r"only pickled weights \(pytorch_model.bin\), which can run code .* convert them to safe"),
     "none": (remove(WEIGHTS), r"no \*.safetensors files"),

@@ -15,7 +15,7 @@ def make_matrix(num_rows: int, width: int, bits: int, block_size: int):
     """(weights as they are stored, codes [N32, num_blocks, block_bytes], scales [N32, num_blocks])"""
     form = BlockFormat(width, bits, block_size)
     weights = np.random.default_rng(0).standard_normal((num_rows, width)).astype(np.float32)
-    codes, scales = quantize_rows(weights, form)
+    codes, scales, _ = quantize_rows(weights, form)
     stored = dequantize_rows(codes, scales, width, bits)
     padding = -num_rows % PANEL_ROWS
     codes = np.pad(codes, ((0, padding), (0, 0)), constant_values=0x88 if bits == 4 else 0x80)

@@ -28,7 +28,7 @@ def round_weights(model: torch.nn.Module, bits: int, block_size: int = 32) -> No
         if weight.ndim != 2:
             continue
         used = 8 if any(part in name for part in PLE_PROJECTIONS) else bits
-        codes, scales = quantize_rows(weight.numpy(), BlockFormat(weight.shape[1], used, block_size))
+        codes, scales, _ = quantize_rows(weight.numpy(), BlockFormat(weight.shape[1], used, block_size))
         weight.copy_(torch.from_numpy(dequantize_rows(codes, scales, weight.shape[1], used)))
 
 

@@ -129,6 +129,7 @@ def unroll(drafter: Gemma4AssistantForCausalLM, reading: TargetReading, num_step
             position_ids=torch.arange(1, num_positions + 1)[None],
             shared_kv_states=reading.shared_kv,
             use_cache=False,
+            output_hidden_states=True,  # else transformers 5.24 drops positions, and PLE that a drafter has not
         ).last_hidden_state
         yield hidden
         states = drafter.post_projection(hidden)

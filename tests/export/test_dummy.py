@@ -111,7 +111,7 @@ def test_no_two_matrices_are_equal(tmp_path: Path) -> None:
     form = BlockFormat(128, 4, 32)
     (first,), (second,) = checkpoint.rows("a", 0, 96), checkpoint.rows("b", 0, 96)
     assert not np.array_equal(first, second)
-    codes = [checkpoint.quantize(first, form)[0] for _ in range(3)]
+    codes = [checkpoint.codes(96, form).codes for _ in range(3)]
     assert not np.array_equal(codes[0], codes[1])
     assert not np.array_equal(codes[1], codes[2])
     assert sorted(checkpoint.indices("token_ordering", 50)) == list(range(50))
@@ -121,7 +121,7 @@ def test_no_two_matrices_are_equal(tmp_path: Path) -> None:
 def test_rows_have_norm_one(tmp_path: Path, bits: int) -> None:
     checkpoint = random_checkpoint(tmp_path)
     (rows,) = checkpoint.rows("a", 0, 96)
-    codes, scales = checkpoint.quantize(rows, BlockFormat(128, bits, 32))
+    codes, scales, _ = checkpoint.codes(96, BlockFormat(128, bits, 32))
     for weights in (rows, dequantize_rows(codes, scales, 128, bits)):
         # 12,288 values: their mean square is within 4 standard errors of 4 % at most; the signed scales add 8 %
         assert (weights**2).sum(axis=1).mean() == pytest.approx(1, abs=0.2)
@@ -149,7 +149,7 @@ def test_it_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert make() == folder
     other = make(block_size=64)
     assert other != folder
-    assert read_manifest(other).recipe["matrices"]["block_size"] == 64
+    assert read_manifest(other).recipe["rules"][0]["block_size"] == 64
 
 
 def test_a_damaged_one_is_made_again(cache: Path) -> None:

@@ -24,7 +24,8 @@ from tests.layouts import ExportBoth
     ],
 )
 def test_recipes_that_have_the_native_layout(recipe: dict[str, object], allowed: bool) -> None:
-    assert make_recipe(**recipe).allows_native == allowed  # type: ignore[arg-type]  # of several types
+    tensors = ("layers.0.mlp.down_proj", "token_table", "ple_table")
+    assert make_recipe(**recipe).allows_native(tensors) == allowed  # type: ignore[arg-type]  # of several types
 
 
 # Exports
@@ -55,9 +56,9 @@ def test_native_where_the_recipe_allows_it(pair: Pair, options: list[str], layou
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        (["--bits", "16"], "16 bits with int8 activations"),
-        (["--block-size", "16"], "4 bits in blocks of 16 with int8 activations"),
-        (["--activations", "float32"], "4 bits in blocks of 32 with float32 activations"),
+        (["--bits", "16"], "float16 for token_table"),
+        (["--block-size", "16"], "int4 in blocks of 16 for token_table"),
+        (["--activations", "float32"], "one with float32 activations"),
     ],
 )
 def test_native_where_there_is_none(pair: Pair, options: list[str], found: str) -> None:
@@ -80,7 +81,7 @@ def test_an_artifact_is_converted(both_layouts: ExportBoth, tmp_path: Path, capf
     assert run(main, [exported["native"], tmp_path / "out", "--layout", "portable", "--quiet"]) == 0
     assert contents(tmp_path / "out") == contents(exported["portable"])
     out, err = capfd.readouterr()
-    assert out.endswith(" MB, 4 bits, portable, with drafter\n")
+    assert out.endswith(" MB, 4 bits in blocks of 32, portable, with drafter\n")
     assert err == ""
 
 

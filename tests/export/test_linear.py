@@ -12,12 +12,13 @@ import pytest
 
 from export.graph import DataFile
 from export.linear import Matrix, StoredMatrix, TensorRows, WeightStore
-from quant.blockwise import BlockFormat, Codes, Float16, quantize_rows
-from quant.recipe import WeightFormat
+from export.quantizer import RecipeQuantizer
+from quant.blockwise import BlockFormat, quantize_rows
+from quant.recipe import Recipe, Rule
 from runtime.layout import LAYOUTS, Layout
 from runtime.panels import pack
 
-FOUR_BITS = WeightFormat(4, 32)
+RECIPE = Recipe("r", "", "int8", (Rule(("*",), bits=4, method="nearest"), Rule(("floats",), bits=16)))
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class InChunks:
         for first in range(start, stop, self.num_rows):
             yield self.weights[first : min(first + self.num_rows, stop)]
 
-    def quantize(self, rows: npt.NDArray[np.float32], blocks: BlockFormat) -> tuple[Codes, Float16]:
-        return quantize_rows(rows, blocks)
+    def quantized(self, name: str) -> None:
+        return None
 
 
 def matrix(weights: npt.NDArray[np.float32], chunk_rows: int, name: str = "m") -> Matrix:
@@ -43,12 +44,16 @@ def matrix(weights: npt.NDArray[np.float32], chunk_rows: int, name: str = "m") -
     return Matrix(name, checkpoint, (TensorRows("t", 0, len(weights)),), weights.shape[1])  # type: ignore[arg-type]
 
 
+def weight_store(data: DataFile, layout: Layout, progress: Callable[[int], None], scope: str = "") -> WeightStore:
+    return WeightStore(data, layout, RECIPE, RecipeQuantizer(RECIPE), progress, scope)
+
+
 def stored(
     folder: Path, weights: npt.NDArray[np.float32], layout: Layout, chunk_rows: int
 ) -> tuple[bytes, StoredMatrix]:
     with DataFile(folder / layout) as data:
         data.reserve((5,), np.uint8)  # something before it
-        kept = WeightStore(data, layout, lambda _: None).keep(matrix(weights, chunk_rows), FOUR_BITS)
+        kept = weight_store(data, layout, lambda _: None).keep(matrix(weights, chunk_rows))
     assert kept.panels is not None
     content = (folder / layout).read_bytes()
     assert kept.panels.offset == 4096
@@ -61,7 +66,7 @@ def stored(
 def test_both_layouts_are_the_bytes_that_are_drawn(num_rows: int, chunk_rows: int, tmp_path: Path) -> None:
     weights = np.random.default_rng(num_rows).normal(size=(num_rows, 72)).astype(np.float32)
     blocks = BlockFormat(72, 4, 32)
-    codes, scales = quantize_rows(weights, blocks)
+    codes, scales, _ = quantize_rows(weights, blocks)
     missing = -num_rows % 32
     codes = np.concatenate([codes, np.full((missing, blocks.row_bytes), 0x88, np.uint8)])  # codes of zero
     scales = np.concatenate([scales, np.zeros((missing, 3), np.float16)])
@@ -78,19 +83,27 @@ def test_a_matrix_is_stored_once(tmp_path: Path) -> None:
     weights = np.ones((40, 64), np.float32)
     heard: list[int] = []
     with DataFile(tmp_path / "data") as data:
-        store = WeightStore(data, "native", heard.append)
-        first = store.keep(matrix(weights, 10), FOUR_BITS)
-        floats = store.keep(matrix(weights, 10, "floats"), WeightFormat(16, 0))
+        store = weight_store(data, "native", heard.append)
+        first = store.keep(matrix(weights, 10))
+        floats = store.keep(matrix(weights, 10, "floats"))
         indices = store.keep_indices("order", np.arange(8))
         size = data.reserve((0,), np.uint8).offset
-        assert store.keep(matrix(weights, 10), FOUR_BITS) is first
-        assert store.keep(matrix(weights, 10, "floats"), WeightFormat(16, 0)) is floats
+        assert store.keep(matrix(weights, 10)) is first
+        assert store.keep(matrix(weights, 10, "floats")) is floats
         assert store.keep_indices("order", np.arange(8)) is indices
         assert data.reserve((0,), np.uint8).offset == size
         with pytest.raises(AssertionError, match="m: .* is not what is stored"):
-            store.keep(matrix(weights, 10), WeightFormat(8, 32))
+            store.keep(matrix(weights[:39], 10))
     assert sum(heard) == 2 * weights.size
     assert store.matrices == [first, floats]
+
+
+def test_the_recipe_sees_the_scope_before_a_matrix_s_name(tmp_path: Path) -> None:
+    weights = np.ones((40, 64), np.float32)
+    with DataFile(tmp_path / "data") as data:
+        in_scope = weight_store(data, "portable", lambda _: None, "drafter.").keep(matrix(weights, 10, "floats"))
+        outside = weight_store(data, "portable", lambda _: None).keep(matrix(weights, 10, "floats"))
+    assert (in_scope.form.bits, outside.form.bits) == (4, 16)
 
 
 def test_casts_of_scales_are_folded_at_load(tiny_artifact: Callable[..., Path], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def write_table(folder: Path, weights: Float32, bits: int, block_size: int, layo
         blocks = BlockFormat(weights.shape[1], bits, block_size)
         padded = np.zeros((padded_rows(len(weights)), weights.shape[1]), np.float32)
         padded[: len(weights)] = weights
-        codes, scales = quantize_rows(padded, blocks)
+        codes, scales, _ = quantize_rows(padded, blocks)
         if layout == "native":
             content = pack(codes.reshape(len(padded), blocks.num_blocks, -1), scales).tobytes()
         else:
