@@ -5,10 +5,13 @@ Imports nothing heavy before an export starts: optimum builds this parser whenev
 
 import argparse
 import importlib.util
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from profiles import ProfileError
+from profiles.amounts import amount_bytes
 from quant.recipe import Recipe, RecipeError, make_recipe, read_recipe, recipe_names
 from runtime.errors import EdgeError
 from runtime.layout import LAYOUTS, Layout
@@ -18,10 +21,10 @@ from runtime.strict_json import MANIFEST
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
 
-NEEDED = ("torch", "safetensors", "onnx", "tqdm")
-NEEDED_BY_OPTIMUM = ("transformers", "optimum", "requests")
+NEEDED = ("torch", "safetensors", "onnx", "tqdm", "transformers", "bitsandbytes")
+NEEDED_BY_OPTIMUM = ("optimum", "requests")
 UNIFORM_OPTIONS = ("bits", "block_size", "activations")
-DEFAULT_RECIPE = "int4-mixed"
+DEFAULT_RECIPE, AUTO = "int4-mixed", "auto"
 UNIFORM_BITS = 4
 
 
@@ -45,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"which tensor gets which bits by which method: {', '.join(recipe_names())}, or a TOML file (default: "
         f"{DEFAULT_RECIPE})",
     )
+    parser.add_argument("--max-bytes", metavar="N", help="with --recipe auto: bytes of all weights, such as 1.4GB")
+    parser.add_argument("--max-kl", type=float, metavar="NATS", help="with --recipe auto: KL divergence on the text")
     parser.add_argument(
         "--calibration",
         metavar="FILE",
@@ -78,7 +83,7 @@ def export(options: argparse.Namespace, *, through_optimum: bool = False) -> Non
 
 
 def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest":
-    _check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
+    check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
     from export.pipeline import export_artifact, open_source
     from export.source import bundled_calibration, resolve_source
 
@@ -88,15 +93,38 @@ def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest"
     target, drafter = resolve_source(options.source, options.drafter)
     source = open_source(target, drafter)
     calibration = options.calibration or bundled_calibration(target)
+    if recipe is None:
+        from export.automix import auto_recipe
+
+        max_bytes = None if options.max_bytes is None else _bytes(options.max_bytes)
+        if calibration is None:
+            raise EdgeError("--recipe auto measures on a text; pass --calibration FILE, such as the model is to write")
+        recipe = auto_recipe(
+            source, calibration, max_bytes=max_bytes, max_kl=options.max_kl, show_progress=not options.quiet
+        )
     return export_artifact(
         source, options.output, recipe, layout=layout, calibration=calibration, show_progress=not options.quiet
     )
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe that options ask for."""
+def _bytes(text: str) -> int:
+    try:
+        return amount_bytes(text, "--max-bytes")
+    except ProfileError as error:
+        raise EdgeError(str(error)) from error
+
+
+def _recipe(options: argparse.Namespace) -> Recipe | None:
+    """The recipe that options ask for; None for `auto`, which measures first."""
+    limits = [name for name in ("max_bytes", "max_kl") if getattr(options, name) is not None]
+    if (options.recipe == AUTO) != (len(limits) == 1):
+        raise EdgeError("--recipe auto goes with one limit, --max-bytes or --max-kl, and these with --recipe auto")
+    if options.max_kl is not None and not 0 < options.max_kl < math.inf:
+        raise EdgeError(f"--max-kl {options.max_kl:g}: expected nats above 0, such as 0.02")
     given = {name: value for name in UNIFORM_OPTIONS if (value := getattr(options, name)) is not None}
     try:
+        if not given and options.recipe == AUTO:
+            return None
         if not given:
             return read_recipe(options.recipe or DEFAULT_RECIPE)
         if options.recipe is not None:
@@ -111,7 +139,7 @@ def _convert(options: argparse.Namespace) -> "Manifest":
     """Converts SOURCE, an artifact."""
     from runtime.convert import convert_artifact
 
-    for name in ("drafter", "recipe", "calibration", *UNIFORM_OPTIONS):
+    for name in ("drafter", "recipe", "max_bytes", "max_kl", "calibration", *UNIFORM_OPTIONS):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise EdgeError(f"{option}: {options.source} is an artifact, only --layout can change; export a checkpoint")
@@ -130,7 +158,8 @@ def _layout(options: argparse.Namespace) -> Layout | None:
     raise EdgeError(f"--layout {options.layout}: choose {' or '.join(LAYOUTS)}")
 
 
-def _check_installed(modules: tuple[str, ...]) -> None:
+def check_installed(modules: tuple[str, ...] = NEEDED) -> None:
+    """Raises EdgeError where packages of the extra `export` are missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise EdgeError(f"{', '.join(missing)} not installed; run: pip install 'gemma-edge[export]'")

@@ -103,20 +103,16 @@ class LayerwiseTarget:
         return replace(stream, hidden=hidden, shared_kv=_joined(kept))
 
     @torch.no_grad()
-    def per_layer_inputs(self, index: int, stream: Stream, projection: Tensor | None = None) -> Tensor:
-        """The PLE of one layer [num_windows, num_tokens, ple_size]: (token part + projected context) / sqrt(2).
-
-        Args:
-            projection: the layer's rows of `per_layer_model_projection`; the checkpoint's if None
-        """
+    def per_layer_inputs(self, index: int, stream: Stream) -> Tensor:
+        """The PLE of one layer [num_windows, num_tokens, ple_size]: (token part + projected context) / sqrt(2)."""
         size = self.model.ple_size
         start = index * size
         token = self._looked_up("embed_tokens_per_layer", stream.token_ids, size, start)
-        if projection is None:
-            projection = self.rows("per_layer_model_projection", start, start + size)
+        projection = self.rows("per_layer_model_projection", start, start + size)
         context = stream.embeds @ projection.T * self.model.hidden_size**-0.5
         context = self._normed(context, self._parameter("per_layer_projection_norm.weight", (size,)))
-        return (context + token) * 2.0**-0.5
+        ple: Tensor = (context + token) * 2.0**-0.5
+        return ple
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The hidden states behind the final norm."""
@@ -138,6 +134,10 @@ class LayerwiseTarget:
         return torch.from_numpy(
             np.concatenate(list(self._checkpoint.rows(f"{self._prefix}{name}.weight", start, stop)))
         )
+
+    def whole(self, name: str) -> Tensor:
+        """One of the checkpoint's matrices."""
+        return self.rows(name, 0, self._checkpoint.shape(f"{self._prefix}{name}.weight")[0])
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
         full = f"{self._prefix}{name}"

@@ -86,8 +86,8 @@ class StoredMatrix:
 
     Plain floats: `rows` [num_rows, width] alone. Quantized, whatever the layout of the bytes: `rows` [num_rows,
     num_blocks, block_bytes] and `scales` [num_rows, num_blocks] for portable graphs, for native ones all as `panels`;
-    asymmetric ones have `zero_points` [num_rows, bytes] too. NF4: `rows` [bytes] and float32 `scales` [num_blocks], with
-    blocks over the rows laid end to end, as bitsandbytes has them.
+    asymmetric ones have `zero_points` [num_rows, bytes] too. NF4: `rows` [bytes] and float32 `scales` [num_blocks],
+    with blocks over the rows laid end to end, as bitsandbytes has them.
     """
 
     form: WeightFormat

@@ -14,7 +14,7 @@ from runtime.layout import LAYOUTS, Layout
 from runtime.panels import PANEL_ROWS, SCALE_BYTES, WORD_BYTES
 from runtime.strict_json import MANIFEST, WAY_OUT, bad_field, integer, object_of, one_of, string
 
-ALIGNMENT = 4096
+ALIGNMENT = 64  # what the native product asks for; a page would waste half a page a matrix
 
 
 def padded_rows(num_rows: int) -> int:

@@ -131,4 +131,6 @@ def test_the_core_alone_says_what_an_export_needs(tmp_path: Path) -> None:
     result = run_python(CORE_ALONE, "edge.export_cli", tmp_path, tmp_path / "out")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.endswith("torch, safetensors, onnx, tqdm not installed; run: pip install 'gemma-edge[export]'")
+    assert line.endswith(
+        "torch, safetensors, onnx, tqdm, transformers, bitsandbytes not installed; run: pip install 'gemma-edge[export]'"
+    )

@@ -16,6 +16,7 @@ from export.quantizer import RecipeQuantizer
 from quant.blockwise import BlockFormat, quantize_rows
 from quant.recipe import Recipe, Rule
 from runtime.layout import LAYOUTS, Layout
+from runtime.matrix_spec import ALIGNMENT
 from runtime.panels import pack
 
 RECIPE = Recipe("r", "", "int8", (Rule(("*",), bits=4, method="nearest"), Rule(("floats",), bits=16)))
@@ -56,7 +57,7 @@ def stored(
         kept = weight_store(data, layout, lambda _: None).keep(matrix(weights, chunk_rows))
     assert kept.panels is not None
     content = (folder / layout).read_bytes()
-    assert kept.panels.offset == 4096
+    assert kept.panels.offset == ALIGNMENT
     assert len(content) == kept.panels.offset + kept.panels.length == kept.spec.offset + kept.spec.num_bytes
     return content[kept.panels.offset :], kept
 
@@ -76,7 +77,7 @@ def test_both_layouts_are_the_bytes_that_are_drawn(num_rows: int, chunk_rows: in
     for _, kept in (portable, native):
         assert kept.scales is not None
         assert (kept.rows.shape, kept.scales.shape) == ((num_rows, 3, 16), (num_rows, 3))
-        assert kept.scales.offset == 4096 + codes.nbytes
+        assert kept.scales.offset == ALIGNMENT + codes.nbytes
 
 
 def test_a_matrix_is_stored_once(tmp_path: Path) -> None:

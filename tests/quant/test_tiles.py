@@ -79,7 +79,7 @@ def test_tiles_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from threading import Barrier
 
     tiles._pool.cache_clear()
-    monkeypatch.setattr(tiles.psutil.Process, "cpu_affinity", lambda self: [0, 1])
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda self: [0, 1])
     barrier = Barrier(2, timeout=10)
     in_tiles(lambda rows: barrier.wait(), np.zeros((2048, 64), np.float32))
     tiles._pool().shutdown()
