@@ -131,6 +131,5 @@ def test_the_core_alone_says_what_an_export_needs(tmp_path: Path) -> None:
     result = run_python(CORE_ALONE, "edge.export_cli", tmp_path, tmp_path / "out")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.endswith(
-        "torch, safetensors, onnx, tqdm, transformers, bitsandbytes not installed; run: pip install 'gemma-edge[export]'"
-    )
+    needed = "torch, safetensors, onnx, tqdm, transformers, bitsandbytes"
+    assert line.endswith(f"{needed} not installed; run: pip install 'gemma-edge[export]'")

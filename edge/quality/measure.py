@@ -22,7 +22,7 @@ from runtime.manifest import MANIFEST, Manifest, read_manifest
 from runtime.verified_cache import user_cache_folder
 
 DRAFT_LENGTHS = (1, 2, 3, 4)
-PROMPT_TOKENS, GENERATED_TOKENS, NUM_PROMPTS = 64, 64, 12
+PROMPT_TOKENS, GENERATED_TOKENS, NUM_PROMPTS = 64, 64, 8
 KEPT_AT_ONCE = 64  # positions whose logits are in memory together
 DEFAULT_TOKENS = 4096
 

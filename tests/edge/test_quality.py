@@ -1,0 +1,135 @@
+"""edge-quality and the recipes on the demo pair: what they claim of each other, and lines for what cannot be used."""
+
+import json
+
+import pytest
+
+from edge.export_cli import main as export
+from edge.quality_cli import main as quality
+from export.demo import corpus
+from runtime.manifest import read_manifest
+from tests.commands import assert_fails, run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "held_out.txt"
+    file.write_text("\n".join(corpus.documents(held_out=True)[::7])[:12_000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(*options): an artifact of the demo."""
+    made = {}
+
+    def make(*options):
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("quality") / "artifact"
+            assert run(export, ["demo", made[options], "--quiet", *options]) == 0
+        return made[options]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def measured(exported, text, tmp_path_factory):
+    """measured(*options of edge-export): the values that edge-quality writes."""
+
+    def measure(*options):
+        folder = tmp_path_factory.mktemp("report")
+        arguments = [exported(*options), "--reference", "demo", "--text", text, "--max-tokens", 1024]
+        files = ["--json", folder / "quality.json", "--html", folder / "quality.html"]
+        assert run(quality, [*arguments, *files]) == 0
+        assert (folder / "quality.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+        return json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+
+    return measure
+
+
+def test_the_default_recipe_costs_less_than_half_of_rounding_to_nearest(measured):
+    mixed, nearest = measured(), measured("--bits", "4", "--block-size", "32")
+    # README's 0.0068 against 0.0428, on fewer tokens
+    assert mixed["mean_kl_nats"] < 0.3 * nearest["mean_kl_nats"]
+    assert mixed["top1_agreement"] > nearest["top1_agreement"]
+    assert mixed["is_own_source"]
+    assert {entry["method"] for entry in mixed["tensors"].values()} == {"gptq", "search"}
+    assert mixed["acceptance"].keys() == {"1", "2", "3", "4"}
+
+
+def test_8_bits_cost_next_to_nothing(measured):
+    found = measured("--recipe", "int8")
+    assert found["mean_kl_nats"] < 1e-3
+    assert found["artifact_perplexity"] == pytest.approx(found["reference_perplexity"], rel=0.01)
+
+
+def test_auto_keeps_its_limit(tiny_checkpoint, text, tmp_path):
+    def weights(name, *options):
+        source = tiny_checkpoint("one_shared").target
+        assert run(export, [source, tmp_path / name, "--quiet", "--calibration", text, *options]) == 0
+        files = read_manifest(tmp_path / name).files.items()
+        return sum(entry.size_bytes for name, entry in files if name.endswith((".data", ".bin")))
+
+    least, most = weights("int4", "--bits", "4"), weights("int8", "--bits", "8")
+    limit = (least + most) // 2
+    assert least < weights("auto", "--recipe", "auto", "--max-bytes", limit) <= limit + 64 * 100  # gaps of matrices
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "zero_points"])
+def test_portable_recipes_generate(exported, measured, tmp_path_factory, recipe):
+    if recipe == "zero_points":
+        file = tmp_path_factory.mktemp("recipe") / "zero_points.toml"
+        rules = (
+            '[[rule]]\ntensors = "*"\nbits = 4\nmethod = "nearest"\n[[rule]]\ntensors = "layers.*"\nzero_point = true\n'
+        )
+        file.write_text(rules, encoding="utf-8")
+        recipe = str(file)
+    found = measured("--recipe", recipe)
+    assert 0 < found["mean_kl_nats"] < 0.1
+    assert read_manifest(exported("--recipe", recipe)).layout == "portable"
+
+
+def test_a_reference_that_does_not_belong(tiny_checkpoint, exported, text, capfd):
+    match = "does not belong to .*: vocab_size is .*; pass the checkpoint that it was exported from as --reference"
+    arguments = [exported(), "--reference", tiny_checkpoint("wide").target, "--text", text]
+    assert_fails(quality, arguments, match, capfd)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "no such text file; pass a UTF-8 text such as the model is to write"),
+        (b"\xff", "not UTF-8 at byte 0; save the text as UTF-8"),
+        (b"short", "tokens, at least 256 needed; pass a longer text"),
+    ],
+)
+def test_texts_that_cannot_be_used(exported, tmp_path, capfd, content, match):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert_fails(quality, [exported(), "--reference", "demo", "--text", file], match, capfd)
+    assert_fails(export, ["demo", tmp_path / "out", "--calibration", file], match, capfd)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--recipe", "auto"], "--recipe auto goes with one limit, --max-bytes or --max-kl"),
+        (["--max-kl", "1"], "--recipe auto goes with one limit"),
+        (["--recipe", "auto", "--max-kl", "-1"], "--max-kl -1: expected nats above 0"),
+        (["--recipe", "auto", "--max-bytes", "x"], "--max-bytes: 'x' is no amount of memory"),
+        (["--recipe", "auto", "--max-bytes", "1000"], "no mix of 4 and 8 bits keeps it, the smallest mix has"),
+        (["--recipe", "none"], "--recipe none: no such recipe or file; choose fp16, .*, auto, or a TOML file"),
+        (["--recipe", "int4", "--bits", "4"], "--bits and --recipe exclude each other"),
+    ],
+)
+def test_options_that_cannot_be_used(tmp_path, capfd, options, match):
+    assert_fails(export, ["demo", tmp_path / "out", *options], match, capfd)
+
+
+def test_a_method_without_its_text(tiny_checkpoint, tmp_path, capfd):
+    file = tmp_path / "recipe.toml"
+    file.write_text('[[rule]]\ntensors = "*"\nbits = 4\nmethod = "gptq"\n', encoding="utf-8")
+    arguments = [tiny_checkpoint("wide").target, tmp_path / "out", "--recipe", file]
+    assert_fails(export, arguments, "asks for method gptq, which needs a text to calibrate with; pass --calibra", capfd)
