@@ -258,7 +258,7 @@ def test_an_export_in_a_process_of_its_own(  # 32: and with other hashes
     arguments = [pair.target, tmp_path / "out", "--drafter", pair.assistant, "--layout", "portable"]
     code, out, err = finish(start(arguments, "export_cli", stdout=subprocess.PIPE, env={"PYTHONHASHSEED": "7"}))
     assert (code, err) == (0, "")
-    assert out.endswith(" MB, 4 bits, portable, with drafter\n")
+    assert out.endswith(" MB, int4-mixed, portable, with drafter\n")
     assert contents(tmp_path / "out") == contents(artifact)
     assert finish(start(arguments, "export_cli", stdout=subprocess.PIPE)) == (
         1,
