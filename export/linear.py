@@ -281,9 +281,7 @@ def _cut(held: Blocks, rows: slice) -> Blocks:
 
 
 def _too_large(matrix: Matrix, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{matrix.checkpoint.folder}: {matrix.name}: weights exceed {what}; export with --recipe fp32"
-    )
+    return CheckpointError(f"{matrix.checkpoint.folder}: {matrix.name}: weights exceed {what}; export with --bits 32")
 
 
 class Product(Protocol):

@@ -43,7 +43,10 @@ def run(command: list[str]) -> list[str]:
 
 
 @needs_gcc
-@pytest.mark.parametrize("options", [["-O3"], SANITIZED], ids=["optimized", "sanitized"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(["-O3"], id="optimized"), pytest.param(SANITIZED, id="sanitized", marks=pytest.mark.sanitizers)],
+)
 def test_kernels_keep_their_laws(options: list[str], tmp_path: Path) -> None:
     assert "scalar" in run([build("g++", options, tmp_path)])
 
