@@ -255,10 +255,10 @@ def test_an_export_in_a_process_of_its_own(  # 32: and with other hashes
     tiny_checkpoint: Callable[[str], Any], artifact: Path, tmp_path: Path
 ) -> None:
     pair = tiny_checkpoint(SHAPE[0])
-    arguments = [pair.target, tmp_path / "out", "--drafter", pair.assistant, "--layout", "portable"]
+    arguments = [pair.target, tmp_path / "out", "--drafter", pair.assistant, "--layout", "portable", "--bits", 4]
     code, out, err = finish(start(arguments, "export_cli", stdout=subprocess.PIPE, env={"PYTHONHASHSEED": "7"}))
     assert (code, err) == (0, "")
-    assert out.endswith(" MB, int4-mixed, portable, with drafter\n")
+    assert out.endswith(" MB, 4 bits in blocks of 32, portable, with drafter\n")
     assert contents(tmp_path / "out") == contents(artifact)
     assert finish(start(arguments, "export_cli", stdout=subprocess.PIPE)) == (
         1,
