@@ -1,5 +1,7 @@
 """GPTQ loses less of the product than rounding each weight alone, and nothing of weights that are on its grid."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,6 +19,15 @@ FORMATS = st.builds(
     BlockFormat, st.integers(1, 100), st.sampled_from([4, 8]), st.sampled_from(BLOCK_SIZES), st.booleans()
 )
 KINDS = pytest.mark.parametrize(("bits", "zero_point"), [(4, False), (8, False), (4, True), (8, True)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The matrices are small; threads that wait for each other take longer on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def correlated(width: int, seed: int, rank: int = 8, noise: float = 0.3) -> torch.Tensor:

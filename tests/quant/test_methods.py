@@ -53,8 +53,6 @@ def test_gptq_lowers_the_error_of_the_product(seed, bits, zero_point):
     gptq = GPTQ.of_moment(moment.clone())
     found = gptq.quantize(weights, form)
     assert objective(weights, found, form, moment) < 0.8 * objective(weights, search_rows(weights, form), form, moment)
-    halves = joined([gptq.quantize(weights[:10], form), gptq.quantize(weights[10:], form)])
-    np.testing.assert_array_equal(halves.codes, found.codes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
