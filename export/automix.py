@@ -28,7 +28,11 @@ def auto_recipe(
     """
     layers = len(source.model.layers)
     with tqdm(total=layers, unit=" layers", desc="sensitivity", disable=None if show_progress else True) as bar:
-        measured = sensitivities(source.target, source.prefix, source.model, text, lambda n: void(bar.update(n)))
+
+        def advance(num_layers: int) -> None:
+            bar.update(num_layers)
+
+        measured = sensitivities(source.target, source.prefix, source.model, text, advance)
     options = {tensor.name: tensor.options for tensor in measured}
     fixed = 0
     if source.drafter_config is not None:
@@ -49,16 +53,7 @@ def auto_recipe(
     return _recipe(mix, measured, f"{asked}: {total_bytes(mix) + fixed:,} bytes, predicted KL {total_kl(mix):.2g} nats")
 
 
-def void(_: object) -> None:
-    """Takes what nobody asks for."""
-
-
 def _recipe(mix: Mix, measured: list[Sensitivity], description: str) -> Recipe:
-    rules = [
-        Rule(("*",), bits=4, block_size=32, method="best"),
-        Rule((f"{DRAFTER}*",), bits=DRAFTER_FORM.bits, block_size=DRAFTER_FORM.block_size),
-    ]
-    for tensor in measured:
-        form = mix[tensor.name].form
-        rules.append(Rule((tensor.name,), bits=form.bits, block_size=form.block_size))
-    return Recipe("auto", description, "int8", tuple(rules))
+    forms = {f"{DRAFTER}*": DRAFTER_FORM} | {tensor.name: mix[tensor.name].form for tensor in measured}
+    rules = [Rule((name,), bits=form.bits, block_size=form.block_size) for name, form in forms.items()]
+    return Recipe("auto", description, "int8", (Rule(("*",), method="best"),)).with_rules(rules)

@@ -48,18 +48,21 @@ class Calibration:
 
     def moment(self, tensor: str) -> Tensor:
         """E[x x^T], float32 [width, width], of a matrix's inputs. The caller may overwrite it."""
+        return self._moment(tensor).clone()
+
+    def mean_squares(self, tensor: str) -> Float32:
+        """E[x^2], [width]."""
+        squares: Float32 = self._moment(tensor).diagonal().numpy().astype(np.float32)
+        return squares
+
+    def _moment(self, tensor: str) -> Tensor:
         if tensor.startswith(MODEL_PROJECTION):
             return _second_moment(self._stream.embeds) / self._stream.num_tokens
         index, part = _place(tensor)
         assert index >= self._num_layers_run - 1, f"{tensor} is asked for behind layer {self._num_layers_run - 1}"
         while self._num_layers_run <= index:
             self._run_layer(self._num_layers_run)
-        return self._moments[PARTS[part]].clone()
-
-    def mean_squares(self, tensor: str) -> Float32:
-        """E[x^2], [width]."""
-        squares: Float32 = self.moment(tensor).diagonal().numpy().astype(np.float32)
-        return squares
+        return self._moments[PARTS[part]]
 
     def _run_layer(self, index: int) -> None:
         self._moments.clear()

@@ -164,8 +164,17 @@ class Checkpoint:
 
     def single_rows(self, name: str, rows: Sequence[int], start: int, stop: int) -> Float32:
         """Columns [start, stop) of single rows of a matrix [len(rows), stop - start]."""
-        found = [next(self.rows(name, row, row + 1))[0, start:stop] for row in rows]
-        return np.stack(found) if found else np.empty((0, stop - start), np.float32)
+        found = np.empty((len(rows), stop - start), np.float32)
+        if (stored := self.quantized(name)) is not None:
+            for place, row in enumerate(rows):
+                found[place] = stored.rows(row, row + 1)[0, start:stop]
+            return self._checked(name, found)
+        entry = self._entry(name)
+        with _open_shard(entry.file) as shard:
+            matrix = shard.get_slice(name)
+            for place, row in enumerate(rows):
+                found[place] = matrix[row : row + 1, start:stop].to(torch.float32).numpy()[0]
+        return self._checked(name, found)
 
     def vector(self, name: str, size: int) -> Float32:
         """A one-dimensional tensor [size] as float32."""

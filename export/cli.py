@@ -92,7 +92,9 @@ def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest"
     recipe, layout = _recipe(options), _layout(options)
     target, drafter = resolve_source(options.source, options.drafter)
     source = open_source(target, drafter)
-    calibration = options.calibration or bundled_calibration(target)
+    calibration = options.calibration
+    if calibration is None and _calibrates(recipe, source.matrix_names()):
+        calibration = bundled_calibration(target)
     if recipe is None:
         from export.automix import auto_recipe
 
@@ -105,6 +107,14 @@ def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest"
     return export_artifact(
         source, options.output, recipe, layout=layout, calibration=calibration, show_progress=not options.quiet
     )
+
+
+def _calibrates(recipe: Recipe | None, tensors: list[str]) -> bool:
+    """Whether a text would be used; `auto`, None here, measures on it."""
+    try:
+        return recipe is None or recipe.calibrates(tensors)
+    except RecipeError as error:
+        raise EdgeError(str(error)) from error
 
 
 def _bytes(text: str) -> int:

@@ -149,10 +149,6 @@ class RandomCheckpoint(Checkpoint):
         """A permutation of `size` numbers."""
         return np.random.default_rng(zlib.crc32(name.encode())).permutation(size)
 
-    def quantized(self, name: str) -> None:
-        """None: nothing is stored quantized."""
-        return None
-
     def codes(self, num_rows: int, form: BlockFormat) -> Blocks:
         """Random codes and scales for weights of that variance, without the cost of quantizing."""
         codes = self._cut(num_rows * form.row_bytes).reshape(num_rows, form.row_bytes)

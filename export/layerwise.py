@@ -135,10 +135,6 @@ class LayerwiseTarget:
             np.concatenate(list(self._checkpoint.rows(f"{self._prefix}{name}.weight", start, stop)))
         )
 
-    def whole(self, name: str) -> Tensor:
-        """One of the checkpoint's matrices."""
-        return self.rows(name, 0, self._checkpoint.shape(f"{self._prefix}{name}.weight")[0])
-
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
         full = f"{self._prefix}{name}"
         if name.endswith("layer_scalar") and full not in self._checkpoint:

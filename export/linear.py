@@ -124,6 +124,10 @@ class Quantizer(Protocol):
         """Its weights end to end as NF4: packed codes and float32 scales, in chunks of whole blocks and bytes."""
         ...
 
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """For the manifest: what became of each quantized matrix, by its name."""
+        ...
+
 
 class WeightStore:
     """The weights of one data file in one layout: each is stored once, however many graphs read it.

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,15 +29,6 @@ from runtime.layout import DECODER, DECODER_DATA, DRAFTER, DRAFTER_DATA, EMBED, 
 from runtime.manifest import FORMAT_VERSION, MANIFEST, Manifest, file_entry
 from runtime.model_config import DrafterConfig, ModelConfig
 from runtime.staging import staged_folder
-
-
-class SourceQuantizer(Quantizer, Protocol):
-    """A quantizer that tells what it did."""
-
-    def tensors(self) -> dict[str, dict[str, Any]]:
-        """For the manifest: what became of each quantized matrix, by its name."""
-        ...
-
 
 PREFIXES = ("model.language_model.", "model.", "language_model.model.", "")
 
@@ -65,7 +56,7 @@ class Source:
         """What a recipe calls the matrices that an export stores."""
         return [matrix.name for matrix in matrices(self.model, self.drafter_config)]
 
-    def quantizer(self, recipe: Recipe, calibration: Path | None) -> "SourceQuantizer":
+    def quantizer(self, recipe: Recipe, calibration: Path | None) -> Quantizer:
         """What turns its matrices into codes."""
         moments = None
         if calibration is not None:
@@ -181,7 +172,7 @@ class _Export:
     layout: Layout
     layouts: tuple[Layout, ...]
     folder: Path
-    quantizer: SourceQuantizer
+    quantizer: Quantizer
     progress: Progress
 
     def write(self) -> Manifest:

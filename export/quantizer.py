@@ -54,6 +54,11 @@ class _Record:
     squared_weights: float = 0.0
     methods: set[str] = field(default_factory=set)
 
+    def add(self, squared_error: float, squared_weights: float) -> None:
+        """Adds the sums of a chunk."""
+        self.squared_error += squared_error
+        self.squared_weights += squared_weights
+
 
 @dataclass(slots=True)
 class RecipeQuantizer:
@@ -70,17 +75,14 @@ class RecipeQuantizer:
             record.methods.add(TAKEN_OVER)
             yield from stored
             return
-        method, rounding = self._rounding(matrix, form)
+        made: tuple[str, Rounding] | None = None  # when first needed: factoring moments takes long, a grid needs none
         for chunk in matrix.chunks():
             found, how = on_grid(chunk, form), ON_GRID
             if found is None:
-                found, how = rounding(chunk), method
+                made = made or self._rounding(matrix, form)
+                how, found = made[0], made[1](chunk)
             record.methods.add(how)
-            sums = squared_sums(chunk, found, form)
-            record.squared_error, record.squared_weights = (
-                record.squared_error + sums[0],
-                record.squared_weights + sums[1],
-            )
+            record.add(*squared_sums(chunk, found, form))
             yield found
 
     def nf4(self, matrix: Matrix, block_size: int) -> Iterator[tuple[Array, Array]]:
@@ -90,8 +92,7 @@ class RecipeQuantizer:
         record = self._records[matrix.name] = _Record()
         for found in nf4_chunks(matrix, block_size):
             record.methods.add(TAKEN_OVER if found.is_stored else "nearest")
-            record.squared_error += found.squared_error
-            record.squared_weights += found.squared_weights
+            record.add(found.squared_error, found.squared_weights)
             yield found.codes, found.scales
 
     def tensors(self) -> dict[str, dict[str, Any]]:

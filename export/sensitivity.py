@@ -4,7 +4,7 @@ All variants of the model go through the layers together, one layer in memory at
 formats follows from its squared error there, since both are proportional for small errors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ FORMATS = tuple(WeightFormat(bits, block_size) for bits in (4, 8) for block_size
 MAX_TOKENS = 4096
 STATE_BYTES = 1 << 30  # of hidden states of all variants together
 ROWS_AT_ONCE = 256  # of logits
+SAMPLE_WEIGHTS = 1 << 20
 STACKED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -71,8 +72,10 @@ class RoundedCheckpoint:
             yield rounded(chunk) if name == self._tensor else chunk
 
     def single_rows(self, name: str, rows: list[int], start: int, stop: int) -> Float32:
-        """As the checkpoint's own, rounded."""
-        return np.stack([next(self.rows(name, row, row + 1))[0, start:stop] for row in rows])
+        """As the checkpoint's own, rounded; whole rows, since blocks begin at their first column."""
+        if name != self._tensor:
+            return self._checkpoint.single_rows(name, rows, start, stop)
+        return rounded(self._checkpoint.single_rows(name, rows, 0, self._checkpoint.shape(name)[1]))[:, start:stop]
 
 
 def sensitivities(
@@ -120,9 +123,10 @@ class _Run:
         """Takes all streams through a layer, and begins those of its own matrices."""
         layer = self._target.layer(index)
         ple = self._target.per_layer_inputs(index, self._reference)
+        state = layer.state_dict()
         begun = {
-            name: self._target.run(self._target.layer(index, replaced), index, self._reference, ple=ple)
-            for name, replaced in self._replacements(index)
+            name: self._target.run(self._target.layer(index, state | replaced), index, self._reference, ple=ple)
+            for name, replaced in self._replacements(index, state)
         }
         for name, stream in self._streams.items():
             own = self._targets[name].per_layer_inputs(index, stream) if self._sees(name, index) else ple
@@ -153,8 +157,8 @@ class _Run:
         start, num_owned = int(name.rpartition(".")[2]), self._model.num_owned_layers
         return index >= start and (index < num_owned or start > 0 or num_owned == len(self._model.layers))
 
-    def _replacements(self, index: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The layer's matrices by name, each with the parameters that it becomes."""
+    def _replacements(self, index: int, state: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The matrices of a layer with parameters `state` by name, each with the parameters that it becomes."""
         for shape in decoder_matrices(self._model):
             part = shape.name.removeprefix(f"layers.{index}.")
             if part == shape.name:
@@ -162,7 +166,7 @@ class _Run:
             gptq, form = GPTQ.of_moment(self._moments.moment(shape.name)), _blocks(shape.width, PROBE)
             replaced = {}
             for name in STACKED.get(part, (part,)):
-                weights = self._target.whole(f"layers.{index}.{name}").numpy()
+                weights = state[f"{name}.weight"].numpy()
                 replaced[f"{name}.weight"] = torch.from_numpy(dequantize(gptq.quantize(weights, form), form))
             yield shape.name, replaced
 
@@ -183,9 +187,6 @@ def _options(checkpoint: Checkpoint, prefix: str, shape: Shape, kl_nats: float) 
     if not errors[PROBE]:
         return tuple(Option(form, stored_bytes(shape, form), 0.0) for form in FORMATS)
     return tuple(Option(f, stored_bytes(shape, f), kl_nats * errors[f] / errors[PROBE]) for f in FORMATS)
-
-
-SAMPLE_WEIGHTS = 1 << 20
 
 
 def _sample(checkpoint: Checkpoint, prefix: str, shape: Shape) -> Float32:

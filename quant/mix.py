@@ -6,7 +6,7 @@ some price of a byte; which price is found by bisection.
 Source: Everett 1963, doi 10.1287/opre.11.3.399 (Lagrange multipliers for allocation).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quant.recipe import WeightFormat
@@ -39,26 +39,24 @@ def total_kl(mix: Mapping[str, Option]) -> float:
 
 def within_bytes(options: Mapping[str, Sequence[Option]], max_bytes: int) -> Mix | None:
     """The mix of least divergence among those of at most so many bytes; None where there is none."""
-    if total_bytes(_at_price(options, PRICES[1])) > max_bytes:
-        return None
-    low, high = PRICES
-    for _ in range(NUM_HALVINGS):
-        middle = (low * high) ** 0.5
-        is_small = total_bytes(_at_price(options, middle)) <= max_bytes
-        low, high = (low, middle) if is_small else (middle, high)
-    return _at_price(options, high)
+    return _nearest(options, PRICES[1], PRICES[0], lambda mix: total_bytes(mix) <= max_bytes)
 
 
 def within_kl(options: Mapping[str, Sequence[Option]], max_kl: float) -> Mix | None:
     """The smallest mix of at most so much divergence; None where there is none."""
-    if total_kl(_at_price(options, PRICES[0])) > max_kl:
+    return _nearest(options, PRICES[0], PRICES[1], lambda mix: total_kl(mix) <= max_kl)
+
+
+def _nearest(
+    options: Mapping[str, Sequence[Option]], within: float, beyond: float, keeps: Callable[[Mix], bool]
+) -> Mix | None:
+    """The mix of the price nearest to `beyond` that keeps a limit; None where not even `within` does."""
+    if not keeps(_at_price(options, within)):
         return None
-    low, high = PRICES
     for _ in range(NUM_HALVINGS):
-        middle = (low * high) ** 0.5
-        is_close = total_kl(_at_price(options, middle)) <= max_kl
-        low, high = (middle, high) if is_close else (low, middle)
-    return _at_price(options, low)
+        middle = (within * beyond) ** 0.5
+        within, beyond = (middle, beyond) if keeps(_at_price(options, middle)) else (within, middle)
+    return _at_price(options, within)
 
 
 def _at_price(options: Mapping[str, Sequence[Option]], price: float) -> Mix:

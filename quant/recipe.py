@@ -18,6 +18,7 @@ Activations = Literal["int8", "float32"]
 Codebook = Literal["int", "nf4"]
 Method = Literal["nearest", "search", "importance", "gptq", "best"]
 
+CALIBRATED: tuple[Method, ...] = ("importance", "gptq", "best")
 BITS = (4, 8, 16, 32)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 NF4_BLOCK_SIZES = (32, 64, 128, 256)  # those of bitsandbytes
@@ -123,6 +124,11 @@ class Recipe:
         forms = (self.choose(tensor).form for tensor in tensors if tensor != "ple_table")
         return self.activations == "int8" and all(form.allows_native for form in forms)
 
+    def calibrates(self, tensors: Iterable[str]) -> bool:
+        """Whether a calibration text would change how one of these tensors is quantized."""
+        choices = (self.choose(tensor) for tensor in tensors)
+        return any(c.form.is_integer and c.method in CALIBRATED for c in choices)
+
     def with_rules(self, rules: Iterable[Rule], **changes: Any) -> "Recipe":
         """The same with more rules behind its own."""
         return replace(self, rules=(*self.rules, *rules), **changes)
@@ -167,7 +173,8 @@ def make_recipe(bits: int, block_size: int = 32, activations: Activations = "int
         raise RecipeError(f"--bits {bits}: choose one of {', '.join(map(str, BITS))}")
     if block_size not in BLOCK_SIZES:
         raise RecipeError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
-    _check_activations(activations, f"--activations {activations}")
+    if activations not in get_args(Activations):
+        raise RecipeError(f"--activations {activations}: choose int8 or float32")
     rules = [Rule(("*",), bits=bits, block_size=block_size, method="nearest")]
     if bits < 8:
         rules.append(Rule((*PLE_PROJECTIONS, f"{DRAFTER}*"), bits=8))
@@ -282,8 +289,3 @@ def _shown(value: Any) -> str:
         return f"{value!r:.60}"
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"
-
-
-def _check_activations(value: str, shown: str) -> None:
-    if value not in get_args(Activations):
-        raise RecipeError(f"{shown}: choose int8 or float32")

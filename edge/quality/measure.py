@@ -91,12 +91,12 @@ def measure_quality(
                 compared.add(expected, logits, window[rows.start + 1 : rows.stop + 1])
             progress("artifact", index + 1, len(token_ids))
         acceptance = _acceptance(runtime, token_ids.tolist(), progress)
-    digest = manifest.sources.get("target/model.safetensors") or next(iter(manifest.sources.values()), "")
+    digests = {f"target/{name}": digest for name, digest in source.target.digests().items()}
     return Quality(
         artifact=str(artifact),
         reference=str(target),
         text=str(text),
-        is_own_source=digest in source.target.digests().values(),
+        is_own_source=digests.items() <= manifest.sources.items(),
         num_tokens=token_ids.numel(),
         num_weight_bytes=sum(e.size_bytes for name, e in manifest.files.items() if name.endswith((".data", ".bin"))),
         acceptance=acceptance,

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from edge.quality.measure import Quality
-from edge.report.markup import element
+from edge.report.markup import document, element
 from edge.report.style import style_sheet
 from edge.report.tables import table
 from export.sensitivity import Sensitivity
@@ -62,14 +62,7 @@ def render_page(quality: Quality, sensitivities: list[Sensitivity]) -> str:
     ]
     head_of_errors = ("tensor", "relative error", "format", "method")
     sections.append(element("section", element("h2", "Tensors"), table(head_of_errors, errors, right=(1,))))
-    preamble = [
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        element("title", escape(title)),
-        element("style", style_sheet()),
-    ]
-    html = element("html", element("head", *preamble), element("body", *sections), lang="en")
-    return f"<!doctype html>\n{html}\n"
+    return document(title, style_sheet(), *sections)
 
 
 def _by_error(quality: Quality) -> list[tuple[str, Mapping[str, Any]]]:

@@ -12,6 +12,18 @@ def element(name: str, *children: str, **attributes: Value) -> str:
     return f"<{name}{given}>{''.join(children)}</{name}>"
 
 
+def document(title: str, style: str, *sections: str) -> str:
+    """A whole page of sections, which are markup already; nothing in it comes from elsewhere."""
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        element("title", escape(title)),
+        element("style", style),
+    ]
+    html = element("html", element("head", *head), element("body", *sections), lang="en")
+    return f"<!doctype html>\n{html}\n"
+
+
 def number(value: float) -> str:
     """A number with at most two decimals."""
     assert math.isfinite(value), f"a number of the page is {value}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from edge.bench.figures import short
 from edge.report.charts import Chart, measured_charts, part_colours, plan_chart, projected_charts
-from edge.report.markup import element
+from edge.report.markup import document, element
 from edge.report.style import style_sheet
 from edge.report.tables import (
     figures_table,
@@ -30,14 +30,7 @@ def render_page(report: Values) -> str:
         sections.append(_measured(report))
         sections += [_kv_effect(report)] if report["measured"]["kv_effect"] else []
     sections += [_projections(report), _notes(report)]
-    head = [
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        element("title", escape(title)),
-        element("style", style_sheet()),
-    ]
-    html = element("html", element("head", *head), element("body", *sections), lang="en")
-    return f"<!doctype html>\n{html}\n"
+    return document(title, style_sheet(), *sections)
 
 
 def _header(report: Values, title: str) -> str:

@@ -133,3 +133,11 @@ def test_a_method_without_its_text(tiny_checkpoint, tmp_path, capfd):
     file.write_text('[[rule]]\ntensors = "*"\nbits = 4\nmethod = "gptq"\n', encoding="utf-8")
     arguments = [tiny_checkpoint("wide").target, tmp_path / "out", "--recipe", file]
     assert_fails(export, arguments, "asks for method gptq, which needs a text to calibrate with; pass --calibra", capfd)
+
+
+def test_a_recipe_that_does_not_go_with_one_tensor(tmp_path, capfd):
+    file = tmp_path / "recipe.toml"
+    rules = ['tensors = "*"\nbits = 4', 'tensors = "layers.0.mlp.down_proj"\ncodebook = "nf4"\nblock_size = 16']
+    file.write_text("".join(f"[[rule]]\n{rule}\n" for rule in rules), encoding="utf-8")
+    match = "layers.0.mlp.down_proj: codebook nf4 has blocks of 32, 64, 128, 256, not 16"
+    assert_fails(export, ["demo", tmp_path / "out", "--recipe", file], match, capfd)
