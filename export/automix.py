@@ -5,9 +5,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export.errors import ExportError
-from export.expected import drafter_matrices, stored_bytes
+from export.expected import decoder_matrices, drafter_matrices, stored_bytes, tables
 from export.pipeline import Source
-from export.sensitivity import Sensitivity, sensitivities
+from export.sensitivity import FORMATS, Sensitivity, sensitivities
 from quant.mix import Mix, total_bytes, total_kl, within_bytes, within_kl
 from quant.recipe import DRAFTER, Recipe, Rule, WeightFormat
 
@@ -26,6 +26,9 @@ def auto_recipe(
     Raises:
         ExportError: no recipe keeps the limit, or the text cannot be used.
     """
+    fixed = _drafter_bytes(source)
+    if max_bytes is not None:
+        _check_bytes(source, max_bytes, fixed)  # known before minutes of measuring
     layers = len(source.model.layers)
     with tqdm(total=layers, unit=" layers", desc="sensitivity", disable=None if show_progress else True) as bar:
 
@@ -34,23 +37,34 @@ def auto_recipe(
 
         measured = sensitivities(source.target, source.prefix, source.model, text, advance)
     options = {tensor.name: tensor.options for tensor in measured}
-    fixed = 0
-    if source.drafter_config is not None:
-        shapes = drafter_matrices(source.drafter_config)
-        fixed = sum(stored_bytes(shape, shape.fixed or DRAFTER_FORM) for shape in shapes)
-    mix: Mix | None
     if max_bytes is not None:
         mix, asked = within_bytes(options, max_bytes - fixed), f"--max-bytes {max_bytes:,}"
-        least = sum(min(option.num_bytes for option in mine) for mine in options.values()) + fixed
-        way_out = f"the smallest mix has {least:,} bytes"
+        assert mix is not None, "the smallest mix was checked"
     else:
         assert max_kl is not None
         mix, asked = within_kl(options, max_kl), f"--max-kl {max_kl:g}"
-        best = sum(min(option.kl_nats for option in mine) for mine in options.values())
-        way_out = f"8 bits throughout are predicted to cost {best:.2g} nats"
-    if mix is None:
-        raise ExportError(f"{asked}: no mix of 4 and 8 bits keeps it, {way_out}; raise the limit")
+        if mix is None:
+            best = sum(min(option.kl_nats for option in mine) for mine in options.values())
+            raise _beyond(asked, f"8 bits throughout are predicted to cost {best:.2g} nats")
     return _recipe(mix, measured, f"{asked}: {total_bytes(mix) + fixed:,} bytes, predicted KL {total_kl(mix):.2g} nats")
+
+
+def _drafter_bytes(source: Source) -> int:
+    if source.drafter_config is None:
+        return 0
+    shapes = drafter_matrices(source.drafter_config)
+    return sum(stored_bytes(shape, shape.fixed or DRAFTER_FORM) for shape in shapes)
+
+
+def _check_bytes(source: Source, max_bytes: int, fixed: int) -> None:
+    shapes = (*tables(source.model), *decoder_matrices(source.model))
+    least = sum(min(stored_bytes(shape, form) for form in FORMATS) for shape in shapes) + fixed
+    if least > max_bytes:
+        raise _beyond(f"--max-bytes {max_bytes:,}", f"the smallest mix has {least:,} bytes")
+
+
+def _beyond(asked: str, why: str) -> ExportError:
+    return ExportError(f"{asked}: no mix of 4 and 8 bits keeps it, {why}; raise the limit")
 
 
 def _recipe(mix: Mix, measured: list[Sensitivity], description: str) -> Recipe:

@@ -14,6 +14,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and its sanitizer libraries")
+@pytest.mark.sanitizers
 def test_ops_keep_within_bounds(tmp_path: Path) -> None:
     library = tmp_path / "edge_ops_sanitized.so"
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
