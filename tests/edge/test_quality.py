@@ -64,9 +64,12 @@ def test_8_bits_cost_next_to_nothing(measured):
 
 
 def test_auto_keeps_its_limit(tiny_checkpoint, text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text(encoding="utf-8")[:2_000], encoding="utf-8")
+
     def weights(name, *options):
         source = tiny_checkpoint("one_shared").target
-        assert run(export, [source, tmp_path / name, "--quiet", "--calibration", text, *options]) == 0
+        assert run(export, [source, tmp_path / name, "--quiet", "--calibration", short, *options]) == 0
         files = read_manifest(tmp_path / name).files.items()
         return sum(entry.size_bytes for name, entry in files if name.endswith((".data", ".bin")))
 
