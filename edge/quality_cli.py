@@ -6,10 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge.command import CommandParser, run_command
 from edge.whole_file import check_destination, write_whole
 from runtime.errors import EdgeError
+
+if TYPE_CHECKING:
+    from edge.quality.measure import Progress
+    from export.sensitivity import Sensitivity
 
 NAME = "edge-quality"
 
@@ -37,37 +42,38 @@ def _measure(options: argparse.Namespace) -> None:
         if path is not None:
             check_destination(path, option)
     from edge.quality.measure import DEFAULT_TOKENS, measure_quality
+    from edge.quality.progress import stage_bars
     from edge.quality.text import render_page, render_text
-    from export.pipeline import open_source
-    from export.sensitivity import sensitivities
     from export.source import resolve_source
 
     max_tokens = DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens
     if max_tokens < 1:
         raise EdgeError(f"--max-tokens {max_tokens}: expected at least 1")
     target, _ = resolve_source(options.reference, None)
-    show = sys.stderr.isatty() and not options.quiet
-
-    def progress(what: str, done: int, total: int) -> None:
-        if show:
-            print(f"\r{what} {done}/{total} ", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    quality = measure_quality(options.artifact, target, options.text, max_tokens=max_tokens, progress=progress)
-    tensors = []
-    if options.sensitivity:
-        source, behind = open_source(target, None), [0]
-
-        def layer_behind(num_layers: int) -> None:
-            behind[0] += num_layers
-            progress("sensitivity", behind[0], len(source.model.layers))
-
-        tensors = sensitivities(source.target, source.prefix, source.model, options.text, layer_behind)
+    with stage_bars(is_quiet=options.quiet) as progress:
+        quality = measure_quality(options.artifact, target, options.text, max_tokens=max_tokens, progress=progress)
+        tensors = _sensitivities(target, options.text, progress) if options.sensitivity else []
     print(render_text(quality, tensors), flush=True)
     if options.json:
         content = quality.to_json() | {"sensitivity": [asdict(tensor) for tensor in tensors]}
         write_whole(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n", "--json")
     if options.html:
         write_whole(options.html, render_page(quality, tensors), "--html")
+
+
+def _sensitivities(target: Path, text: Path, progress: "Progress") -> "list[Sensitivity]":
+    from export.pipeline import open_source
+    from export.sensitivity import sensitivities
+
+    source, done = open_source(target, None), 0
+
+    def behind(num_layers: int) -> None:
+        nonlocal done
+        done += num_layers
+        progress("sensitivity", done, len(source.model.layers))
+
+    behind(0)
+    return sensitivities(source.target, source.prefix, source.model, text, behind)
 
 
 if __name__ == "__main__":

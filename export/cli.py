@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a text such as the model is to write; lowers what rounding costs (the demo brings its own)",
     )
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE",
+        type=Path,
+        help="then measure the artifact against SOURCE on this text, as edge-quality does; not the calibration's",
+    )
     parser.add_argument("--bits", type=int, metavar="4|8|16|32", help="no recipe: all weights alike, to nearest")
     parser.add_argument("--block-size", type=int, metavar="N", help="with --bits: weights to a scale (default: 32)")
     parser.add_argument(
@@ -66,24 +72,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def export(options: argparse.Namespace, *, through_optimum: bool = False) -> None:
+def export(options: argparse.Namespace, *, through_optimum: bool = False) -> Path | None:
     """Runs the export that parsed options describe, directly or as optimum's exporter, or the conversion.
+
+    The text to evaluate on is checked; `edge.export_cli` evaluates, as that takes the runtime.
+
+    Returns:
+        The checkpoint's folder; None after a conversion.
 
     Raises:
         EdgeError: an option, the source or the destination cannot be used.
     """
     is_conversion = os.path.lexists(Path(options.source) / MANIFEST)
     with terminate_as_interrupt():
-        manifest = _convert(options) if is_conversion else _export(options, through_optimum=through_optimum)
+        if is_conversion:
+            checkpoint, manifest = None, _convert(options)
+        else:
+            checkpoint, manifest = _export(options, through_optimum=through_optimum)
     size = sum(entry.size_bytes for entry in manifest.files.values())
     drafting = "with drafter" if manifest.drafter else "without drafter"
     hint = "" if manifest.drafter or is_conversion else " (pass --drafter for speed)"
     stored = f"{manifest.recipe.get('name', 'no recipe')}, {manifest.layout}"
     print(f"{options.output}: {size / 1e6:,.1f} MB, {stored}, {drafting}{hint}")
+    return checkpoint
 
 
-def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest":
+def _export(options: argparse.Namespace, *, through_optimum: bool) -> tuple[Path, "Manifest"]:
+    """Exports SOURCE, a checkpoint, and returns its folder too."""
     check_installed(NEEDED + NEEDED_BY_OPTIMUM if through_optimum else NEEDED)
+    from export.calibration import LEAST_TOKENS, token_windows
     from export.pipeline import export_artifact, open_source
     from export.source import bundled_calibration, resolve_source
 
@@ -92,6 +109,8 @@ def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest"
     recipe, layout = _recipe(options), _layout(options)
     target, drafter = resolve_source(options.source, options.drafter)
     source = open_source(target, drafter)
+    if options.evaluate is not None:
+        token_windows(source.target, source.model, options.evaluate, LEAST_TOKENS)  # refused here, not after minutes
     calibration = options.calibration
     if calibration is None and _calibrates(recipe, source.matrix_names()):
         calibration = bundled_calibration(target)
@@ -104,9 +123,10 @@ def _export(options: argparse.Namespace, *, through_optimum: bool) -> "Manifest"
         recipe = auto_recipe(
             source, calibration, max_bytes=max_bytes, max_kl=options.max_kl, show_progress=not options.quiet
         )
-    return export_artifact(
+    manifest = export_artifact(
         source, options.output, recipe, layout=layout, calibration=calibration, show_progress=not options.quiet
     )
+    return target, manifest
 
 
 def _calibrates(recipe: Recipe | None, tensors: list[str]) -> bool:
@@ -149,7 +169,7 @@ def _convert(options: argparse.Namespace) -> "Manifest":
     """Converts SOURCE, an artifact."""
     from runtime.convert import convert_artifact
 
-    for name in ("drafter", "recipe", "max_bytes", "max_kl", "calibration", *UNIFORM_OPTIONS):
+    for name in ("drafter", "recipe", "max_bytes", "max_kl", "calibration", "evaluate", *UNIFORM_OPTIONS):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise EdgeError(f"{option}: {options.source} is an artifact, only --layout can change; export a checkpoint")

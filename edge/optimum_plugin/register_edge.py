@@ -12,7 +12,7 @@ import sys
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from export.cli import add_arguments, export
+from export.cli import add_arguments
 
 
 class EdgeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum ships no types
@@ -28,8 +28,9 @@ class EdgeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum
     def run(self) -> None:
         """Runs the export and ends the process with its exit code."""
         from edge.command import run_command
+        from edge.export_cli import export_and_evaluate
 
-        sys.exit(run_command("optimum-cli export edge", lambda: export(self.args, through_optimum=True)))
+        sys.exit(run_command("optimum-cli export edge", lambda: export_and_evaluate(self.args, through_optimum=True)))
 
 
 REGISTER_COMMANDS = [(EdgeExportCommand, ExportCommand)]

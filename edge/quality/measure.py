@@ -28,6 +28,7 @@ DEFAULT_TOKENS = 4096
 
 Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,13 @@ def measure_quality(
     text: Path,
     *,
     max_tokens: int = DEFAULT_TOKENS,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Quality:
     """Measures an artifact against the checkpoint folder `target`.
 
     Args:
         max_tokens: of the text, in windows spread over all of it
-        progress: hears what is done, how much of it, and of how much
+        progress: hears of each stage how much is done, from 0 on, and of how much
 
     Raises:
         EdgeError: the artifact, the checkpoint or the text cannot be used, or the two do not belong together.
@@ -85,6 +86,7 @@ def measure_quality(
     # drafts are asked for in numbers of their own; a profile without any would load no drafter
     profile = replace(detect_profile(), num_draft_tokens=max(DRAFT_LENGTHS))
     with Runtime.load(artifact, profile=_profile(profile, token_ids)) as runtime:
+        progress("artifact", 0, len(token_ids))
         for index, window in enumerate(token_ids.tolist()):
             for rows, logits in _artifact_logits(runtime, window):
                 expected = reference.logits(hidden[index, rows]).numpy()
@@ -116,9 +118,7 @@ def check_belongs(artifact: Path, manifest: Manifest, source: Source) -> None:
             )
 
 
-def _reference(
-    source: Source, token_ids: torch.Tensor, progress: Callable[[str, int, int], None]
-) -> tuple[LayerwiseTarget, torch.Tensor]:
+def _reference(source: Source, token_ids: torch.Tensor, progress: Progress) -> tuple[LayerwiseTarget, torch.Tensor]:
     """The unquantized target and its hidden states behind the final norm."""
     target, cache = LayerwiseTarget(source.target, source.prefix, source.model), user_cache_folder()
     record = None if cache is None else record_of(cache, source.target, token_ids)
@@ -129,6 +129,7 @@ def _reference(
         done += num_layers
         progress("reference", done, total)
 
+    behind(0)
     return target, reference_hidden(target, token_ids, record, behind)
 
 
@@ -179,13 +180,12 @@ class _Comparison:
         }
 
 
-def _acceptance(
-    runtime: Runtime, windows: list[list[int]], progress: Callable[[str, int, int], None]
-) -> dict[int, float]:
+def _acceptance(runtime: Runtime, windows: list[list[int]], progress: Progress) -> dict[int, float]:
     """Accepted / drafted of greedy generations behind the windows' beginnings, by drafts in a round."""
     if runtime.manifest.drafter is None:
         return {}
     rates = {}
+    progress("acceptance", 0, len(DRAFT_LENGTHS))
     for num_drafts in DRAFT_LENGTHS:
         made = [
             runtime.generate(

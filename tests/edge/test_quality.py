@@ -1,12 +1,17 @@
 """edge-quality and the recipes on the demo pair: what they claim of each other, and lines for what cannot be used."""
 
+import io
 import json
+import sys
 
 import pytest
 
 from edge.export_cli import main as export
+from edge.quality import measure
+from edge.quality.progress import stage_bars
 from edge.quality_cli import main as quality
 from export.demo import corpus
+from runtime.errors import EdgeError
 from runtime.manifest import read_manifest
 from tests.commands import assert_fails, run
 
@@ -63,13 +68,71 @@ def test_8_bits_cost_next_to_nothing(measured):
     assert found["artifact_perplexity"] == pytest.approx(found["reference_perplexity"], rel=0.01)
 
 
-def test_auto_keeps_its_limit(tiny_checkpoint, text, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text(text.read_text(encoding="utf-8")[:2_000], encoding="utf-8")
+@pytest.fixture
+def short_text(text, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text(text.read_text(encoding="utf-8")[:2_000], encoding="utf-8")
+    return file
 
+
+@pytest.fixture
+def evaluated(tiny_checkpoint, short_text, tmp_path):
+    """Arguments of an export that is evaluated."""
+    source = tiny_checkpoint("one_shared").target
+    return [source, tmp_path / "out", "--bits", "8", "--evaluate", short_text]
+
+
+def test_an_export_that_is_evaluated(evaluated, capfd):
+    source, artifact, *_, file = evaluated
+    assert run(export, evaluated) == 0
+    line, report = capfd.readouterr().out.split("\n", 1)
+    assert line.startswith(f"{artifact}: ")
+    assert run(quality, [artifact, "--reference", source, "--text", file]) == 0
+    assert capfd.readouterr() == (report, "")
+
+
+def test_an_artifact_stays_where_it_cannot_be_evaluated(evaluated, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise EdgeError("no memory")
+
+    monkeypatch.setattr(measure, "measure_quality", fail)
+    assert run(export, evaluated) == 1
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    assert err == f"edge-export: {evaluated[1]} is exported and stays, but was not evaluated: no memory\n"
+    assert read_manifest(evaluated[1]).layout == "native"
+
+
+def test_a_conversion_is_not_evaluated(tiny_artifact, text, tmp_path, capfd):
+    arguments = [tiny_artifact("one_shared", 4), tmp_path / "out", "--layout", "native", "--evaluate", text]
+    match = "--evaluate: .* is an artifact, only --layout can change; export a checkpoint"
+    assert_fails(export, arguments, match, capfd)
+    assert not (tmp_path / "out").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "is_quiet", "shown"), [(Terminal, False, True), (Terminal, True, False), (io.StringIO, False, False)]
+)
+def test_progress_is_for_a_terminal(monkeypatch, stream, is_quiet, shown):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with stage_bars(is_quiet=is_quiet) as progress:
+        for done in (0, 1, 3):
+            progress("reference", done, 3)
+        progress("artifact", 0, 5)
+    printed = sys.stderr.getvalue()
+    assert ("reference: 100%" in printed and "3/3" in printed and "artifact:   0%" in printed) is shown
+    assert bool(printed) is shown
+
+
+def test_auto_keeps_its_limit(tiny_checkpoint, short_text, tmp_path):
     def weights(name, *options):
         source = tiny_checkpoint("one_shared").target
-        assert run(export, [source, tmp_path / name, "--quiet", "--calibration", short, *options]) == 0
+        assert run(export, [source, tmp_path / name, "--quiet", "--calibration", short_text, *options]) == 0
         files = read_manifest(tmp_path / name).files.items()
         return sum(entry.size_bytes for name, entry in files if name.endswith((".data", ".bin")))
 
@@ -112,6 +175,7 @@ def test_texts_that_cannot_be_used(exported, tmp_path, capfd, content, match):
         file.write_bytes(content)
     assert_fails(quality, [exported(), "--reference", "demo", "--text", file], match, capfd)
     assert_fails(export, ["demo", tmp_path / "out", "--calibration", file], match, capfd)
+    assert_fails(export, ["demo", tmp_path / "out", "--evaluate", file], match, capfd)
     assert not (tmp_path / "out").exists()
 
 

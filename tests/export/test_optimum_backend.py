@@ -36,10 +36,14 @@ def test_optimum_cli_writes_the_bytes_that_edge_export_writes(
     tiny_checkpoint: Callable[[str], TinyCheckpoint], tmp_path: Path
 ) -> None:
     pair = tiny_checkpoint("wide")
-    options = ("--drafter", pair.assistant, "--bits", "8", "--block-size", "16", "--quiet")
+    text = tmp_path / "text.txt"
+    text.write_text("any words will do to measure on " * 100, encoding="utf-8")
+    recipe = ("--bits", "8", "--block-size", "16")
+    options = ("--drafter", pair.assistant, *recipe, "--evaluate", text, "--quiet")
     direct = run(*EDGE_EXPORT, pair.target, tmp_path / "direct", *options)
     optimum = run(*OPTIMUM_CLI, "export", "edge", pair.target, tmp_path / "optimum", *options)
     assert (direct.returncode, optimum.returncode) == (0, 0), direct.stderr + optimum.stderr
+    assert "\nKL divergence, mean" in direct.stdout
     assert optimum.stdout == direct.stdout.replace("direct", "optimum")
     names = sorted(file.name for file in (tmp_path / "direct").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "optimum").iterdir())
