@@ -9,9 +9,11 @@ import bitsandbytes as bnb
 import numpy as np
 import numpy.typing as npt
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
+from export.bitsandbytes_tensors import INVERSE_127
 from export.checkpoint import Checkpoint
 from export.quantized_tensors import QuantizedTensor
 from tests.checkpoints import SHAPES, make_target
@@ -55,6 +57,67 @@ def save_bnb(folder: Path, options: Mapping[str, Any]) -> Path:
     model.config.quantization_config = BitsAndBytesConfig(**options)
     model.save_pretrained(folder)
     return folder
+
+
+def flat_dequantized(tensors: Tensors, name: str) -> Float32:
+    """What bitsandbytes dequantizes to in float32.
+
+    As a matrix of one row: with bitsandbytes 0.50.2, its kernel for CPUs takes other scales where rows are no whole
+    blocks, unlike its own quantizer and its kernels for GPUs.
+    """
+    parts = {part.removeprefix(f"{name}."): tensor for part, tensor in tensors.items() if part.startswith(f"{name}.")}
+    state = QuantState.from_dict(dict(parts), torch.device("cpu"))
+    shape, state.shape, state.dtype = state.shape, torch.Size([1, state.shape.numel()]), torch.float32
+    values: Float32 = dequantize_4bit(tensors[name], state).reshape(shape).numpy()
+    return values
+
+
+def save_packed(folder: Path) -> Path:
+    """As compressed-tensors does it with 4 bits in groups of 32, but for PLE projections, whose rows are shorter.
+
+    Source: compressed-tensors 0.20 `quantization/utils/helpers.py`, `quantization/quant_config.py`.
+    """
+    model = make_target(SHAPES["wide"]).to(torch.bfloat16)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    ignored = ["lm_head"]
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        if "per_layer" in name:
+            ignored.append(name)
+            continue
+        groups = tensors.pop(f"{name}.weight").unflatten(-1, (-1, 32))
+        scales = groups.abs().amax(-1) / 7.5
+        levels = (groups / scales[..., None]).round().clamp(-8, 7).flatten(1).float() + 8
+        tensors[f"{name}.weight_packed"] = pack_words(levels.numpy().astype(np.uint8), 4)
+        tensors[f"{name}.weight_scale"] = scales
+        tensors[f"{name}.weight_shape"] = torch.tensor(module.weight.shape)
+    weights = {"dynamic": False} | scheme(4, 32)
+    group = {"format": "pack-quantized", "input_activations": None, "output_activations": None, "targets": ["Linear"]}
+    stored = {"config_groups": {"group_0": group | {"weights": weights}}, "format": "pack-quantized"}
+    more = {"ignore": ignored, "kv_cache_scheme": None, "quantization_status": "compressed", "version": "0.20.1"}
+    quantization = {"quant_method": "compressed-tensors"} | stored | more
+    save(folder, tensors, model.config.to_dict() | {"quantization_config": quantization})
+    return folder
+
+
+def library_values(tensors: Tensors, name: str) -> Float32 | None:
+    """What the library that wrote the tensors dequantizes a matrix to, with float16 for scales that are no float32.
+
+    None where it is not quantized.
+    """
+    module = name.removesuffix("weight")
+    if f"{name}.quant_map" in tensors:
+        return flat_dequantized(tensors, name)
+    if (scb := tensors.get(f"{module}SCB")) is not None:
+        codes = tensors[name].numpy().astype(np.float32)
+        return codes * (scb.numpy() * INVERSE_127).astype(np.float16).astype(np.float32)[:, None]
+    if (packed := tensors.get(f"{module}weight_packed")) is not None:
+        words = packed.numpy().view(np.uint32)
+        levels = (words[..., None] >> np.arange(0, 32, 4, np.uint32) & 15).astype(np.uint8)
+        scales = tensors[f"{module}weight_scale"].float().numpy()
+        return dequantized(levels.reshape(len(words), -1), scales, None, 4)
+    return None
 
 
 def save(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Checkpoint:

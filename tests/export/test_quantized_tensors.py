@@ -31,10 +31,9 @@ from tests.checkpoints import SHAPES, TinyCheckpoint, make_target
 from tests.quantized_files import (
     BNB,
     BNB_CONFIG,
-    Float32,
-    Tensors,
     W,
     dequantized,
+    flat_dequantized,
     packed_config,
     packed_parts,
     quantized,
@@ -57,19 +56,6 @@ def bnb_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 
 # bitsandbytes
-
-
-def flat_dequantized(tensors: Tensors, name: str) -> Float32:
-    """What bitsandbytes dequantizes to in float32.
-
-    As a matrix of one row: with bitsandbytes 0.50.2, its kernel for CPUs takes other scales where rows are no whole
-    blocks, unlike its own quantizer and its kernels for GPUs.
-    """
-    parts = {part.removeprefix(f"{name}."): tensor for part, tensor in tensors.items() if part.startswith(f"{name}.")}
-    state = QuantState.from_dict(dict(parts), torch.device("cpu"))
-    shape, state.shape, state.dtype = state.shape, torch.Size([1, state.shape.numel()]), torch.float32
-    values: Float32 = dequantize_4bit(tensors[name], state).reshape(shape).numpy()
-    return values
 
 
 @pytest.mark.parametrize("kind", BNB)
