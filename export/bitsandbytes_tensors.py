@@ -23,6 +23,8 @@ from export.quantized_tensors import (
     TensorReader,
     check_finite,
     expect,
+    float16_scales,
+    holds_codes,
     is_count,
     read_finite,
     reencode,
@@ -87,6 +89,10 @@ class FourBitTensor:
         begin = start * width - first * size
         return values.reshape(-1)[begin : begin + (stop - start) * width].reshape(stop - start, width)
 
+    def fits(self, form: BlockFormat, start: int, stop: int) -> bool:
+        """False."""
+        return False
+
     def blocks(self, form: BlockFormat, start: int, stop: int) -> Blocks | None:
         """None: the code books are not uniform."""
         return None
@@ -137,10 +143,14 @@ class Int8Tensor:
         values *= INVERSE_127
         return values
 
+    def fits(self, form: BlockFormat, start: int, stop: int) -> bool:
+        """Whether `form` has 8 bits, and float16 the rows' scales."""
+        return holds_codes(form, 8, 1, is_symmetric=True) and float16_scales(self._scales(start, stop)) is not None
+
     def blocks(self, form: BlockFormat, start: int, stop: int) -> Blocks | None:
         """The codes of rows [start, stop) around 128, if `form` has 8 bits."""
         levels = self._codes(start, stop).view(np.uint8) ^ np.uint8(0x80)
-        return reencode(levels, 8, self._scb(start, stop) * INVERSE_127, None, form)
+        return reencode(levels, 8, self._scales(start, stop), None, form)
 
     def nf4_blocks(self, start: int, stop: int) -> tuple[Codes, Float32] | None:
         """None."""
@@ -149,6 +159,9 @@ class Int8Tensor:
     def _codes(self, start: int, stop: int) -> npt.NDArray[np.int8]:
         codes: npt.NDArray[np.int8] = self.reader.read(self.name, start, stop).numpy()
         return codes
+
+    def _scales(self, start: int, stop: int) -> Float32:
+        return self._scb(start, stop) * INVERSE_127
 
     def _scb(self, start: int, stop: int) -> Float32:
         return read_finite(self.reader, scb_of(self.name), start, stop)[:, None]

@@ -129,11 +129,16 @@ class Checkpoint:
             )
         return entry.shape
 
+    def row_chunks(self, name: str, start: int, stop: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop) of a matrix as [first, last) of each chunk: a multiple of some rows, but for the last."""
+        step = max(1, CHUNK_WEIGHTS // self.shape(name)[-1] // multiple) * multiple
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
     def rows(self, name: str, start: int, stop: int) -> Iterator[Float32]:
         """Rows [start, stop) of a matrix as float32 chunks [num_rows, width]; CheckpointError on NaN or infinity."""
-        stored, step = self.quantized(name), max(1, CHUNK_WEIGHTS // self.shape(name)[-1])
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
+        stored = self.quantized(name)
+        for first, last in self.row_chunks(name, start, stop):
             if stored is None:
                 yield self._floats(name, self.read(name, first, last))
             else:

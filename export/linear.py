@@ -12,6 +12,7 @@ import numpy as np
 from export.checkpoint import Checkpoint, Float32, Indices
 from export.errors import CheckpointError
 from export.graph import MICROSOFT, Array, DataFile, Graph, Region
+from export.quantized_tensors import QuantizedTensor
 from quant.blockwise import BlockFormat, Blocks, pack
 from quant.recipe import Activations, Recipe, WeightFormat
 from runtime.layout import Layout
@@ -66,18 +67,37 @@ class Matrix:
         for part in self.parts:
             yield from self.checkpoint.rows(part.name, part.start, part.stop)
 
-    def stored_blocks(self, form: BlockFormat) -> list[Blocks] | None:
-        """Its rows as the checkpoint has them quantized, or None unless all parts are, and the format holds them."""
-        if self.order is not None:
+    def stored_blocks(self, form: BlockFormat) -> Iterator[Blocks] | None:
+        """Its rows in chunks as the checkpoint has them quantized; None unless all are, and the format holds them."""
+        chunks = self.stored_chunks()
+        if chunks is None or not all(tensor.fits(form, *rows) for tensor, rows in chunks):
             return None
-        taken = []
+        return _taken_over(chunks, form)
+
+    def stored_chunks(self, multiple: int = 1) -> "list[StoredChunk] | None":
+        """Its rows in order, as chunks of quantized tensors; None unless all of it is stored so.
+
+        Args:
+            multiple: of rows in a chunk, but for the last one of a tensor
+        """
+        chunks: list[StoredChunk] = []
         for part in self.parts:
             tensor = self.checkpoint.quantized(part.name)
-            blocks = None if tensor is None else tensor.blocks(form, part.start, part.stop)
-            if blocks is None:
+            if tensor is None or self.order is not None:
                 return None
-            taken.append(blocks)
-        return taken
+            rows = self.checkpoint.row_chunks(part.name, part.start, part.stop, multiple)
+            chunks += [(tensor, chunk) for chunk in rows]
+        return chunks
+
+
+StoredChunk = tuple[QuantizedTensor, tuple[int, int]]  # rows [start, stop)
+
+
+def _taken_over(chunks: Iterable[StoredChunk], form: BlockFormat) -> Iterator[Blocks]:
+    for tensor, rows in chunks:
+        blocks = tensor.blocks(form, *rows)
+        assert blocks is not None
+        yield blocks
 
 
 @dataclass(frozen=True, slots=True)

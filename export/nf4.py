@@ -5,6 +5,7 @@ Blocks run over a tensor's rows laid end to end, each with a float32 scale; the 
 Source: Dettmers et al., arXiv 2305.14314 section 3; onnxruntime ContribOperators `MatMulBnb4`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from export.checkpoint import Float32
 from export.errors import CheckpointError
 from export.graph import Array
-from export.linear import Matrix
+from export.linear import Matrix, StoredChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +41,19 @@ def nf4_chunks(matrix: Matrix, block_size: int) -> Iterator[NF4Chunk]:
                 f"{matrix.checkpoint.place(part.name)}: {part.stop - part.start} rows of {matrix.width} are no whole "
                 f"blocks of {block_size}; choose a smaller block_size, or bits 8 for this tensor"
             )
-    if matrix.order is None:
-        stored = [matrix.checkpoint.quantized(part.name) for part in matrix.parts]
-        taken = [
-            None if tensor is None or tensor.nf4_block_size != block_size else tensor.nf4_blocks(part.start, part.stop)
-            for tensor, part in zip(stored, matrix.parts, strict=True)
-        ]
-        whole = [blocks for blocks in taken if blocks is not None]
-        if len(whole) == len(taken):
-            yield from (NF4Chunk(codes, scales, 0.0, 0.0, True) for codes, scales in whole)
-            return
+    stored = matrix.stored_chunks(block_size // math.gcd(block_size, matrix.width))
+    if stored is not None and all(_begins_a_block(chunk, block_size) for chunk in stored):
+        for tensor, rows in stored:
+            blocks = tensor.nf4_blocks(*rows)
+            assert blocks is not None
+            yield NF4Chunk(*blocks, 0.0, 0.0, True)
+        return
     yield from (_quantized(chunk, block_size) for chunk in _whole_blocks(matrix.chunks(), block_size))
+
+
+def _begins_a_block(chunk: StoredChunk, block_size: int) -> bool:
+    tensor, (start, _) = chunk
+    return tensor.nf4_block_size == block_size and start * tensor.shape[1] % block_size == 0
 
 
 def _quantized(weights: torch.Tensor, block_size: int) -> NF4Chunk:

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.errors import CheckpointError
-from export.quantized_tensors import FLOAT_TYPES, Float32, TensorReader, expect, is_count, read_finite, reencode
+from export.quantized_tensors import (
+    FLOAT_TYPES,
+    Float32,
+    TensorReader,
+    expect,
+    float16_scales,
+    holds_codes,
+    is_count,
+    read_finite,
+    reencode,
+)
 from quant.blockwise import BlockFormat, Blocks, Codes, unpack
 
 PACKED = "weight_packed"
@@ -55,8 +65,14 @@ class PackedTensor:
         groups *= scales[..., None]
         return values
 
+    def fits(self, form: BlockFormat, start: int, stop: int) -> bool:
+        """Whether `form` has no fewer bits, no block that crosses groups, zero points where these have, and scales."""
+        scales = self._scales(start, stop)
+        is_held = holds_codes(form, self.scheme.bits, scales.shape[1], is_symmetric=self.scheme.is_symmetric)
+        return is_held and float16_scales(scales) is not None
+
     def blocks(self, form: BlockFormat, start: int, stop: int) -> Blocks | None:
-        """The codes of rows [start, stop), where `form` has no fewer bits and no block of it crosses groups."""
+        """The codes of rows [start, stop), where `form` fits."""
         scales, zero_points = self._scales(start, stop), self._zero_points(start, stop)
         return reencode(self._levels(start, stop), self.scheme.bits, scales, zero_points, form)
 

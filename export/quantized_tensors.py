@@ -54,6 +54,10 @@ class QuantizedTensor(Protocol):
         """Rows [start, stop) dequantized in float32, which is the library's own result before it rounds it."""
         ...
 
+    def fits(self, form: BlockFormat, start: int, stop: int) -> bool:
+        """Whether there are `blocks` of these rows; reads the scales alone."""
+        ...
+
     def blocks(self, form: BlockFormat, start: int, stop: int) -> Blocks | None:
         """The stored codes of rows [start, stop) in another format, exact but for scales rounded to float16.
 
@@ -80,23 +84,27 @@ def reencode(levels: Codes, bits: int, scales: Float32, zero_points: Codes | Non
     Returns:
         None where blocks would cross groups, or bits, zero points or scales do not fit.
     """
-    num_rows, width = levels.shape
-    num_groups = scales.shape[1]
-    crosses = num_groups > 1 and width // num_groups % form.block_size
     halves = float16_scales(scales)
-    if bits > form.bits or crosses or halves is None or (zero_points is not None and not form.zero_point):
+    if halves is None or not holds_codes(form, bits, scales.shape[1], is_symmetric=zero_points is None):
         return None
+    num_rows, width = levels.shape
     offset = form.middle - (1 << (bits - 1))
     zeros = np.full(scales.shape, form.middle, np.uint8) if zero_points is None else zero_points + np.uint8(offset)
     padded = np.empty((num_rows, form.num_blocks * form.block_size), np.uint8)
     np.add(levels, offset, out=padded[:, :width], casting="unsafe")
     padded[:, width:] = zeros[:, -1:]
-    repeats = form.num_blocks // num_groups  # without padding where there is more than one group
+    repeats = form.num_blocks // scales.shape[1]  # without padding where there is more than one group
     return Blocks(
         pack(padded, form.bits),
         np.repeat(halves, repeats, axis=1),
         np.repeat(zeros, repeats, axis=1) if form.zero_point else None,
     )
+
+
+def holds_codes(form: BlockFormat, bits: int, num_groups: int, *, is_symmetric: bool) -> bool:
+    """Whether a format has the bits and zero points for codes, and no block of it crosses groups along a row."""
+    crosses = num_groups > 1 and form.width // num_groups % form.block_size
+    return bits <= form.bits and not crosses and (is_symmetric or form.zero_point)
 
 
 def float16_scales(scales: Float32) -> Float16 | None:

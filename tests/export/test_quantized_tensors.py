@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, Gemma4ForCausalLM
 
-from export import checkpoint as checkpoint_module
 from export.checkpoint import Checkpoint
-from export.quantized_tensors import float16_scales, reencode
+from export.quantized_tensors import float16_scales, holds_codes, reencode
 from quant.blockwise import BlockFormat, dequantize, unpack
 from runtime.tables import dequantize_rows
 from tests.checkpoints import SHAPES, TinyCheckpoint, make_target
@@ -145,6 +143,7 @@ def test_only_whole_blocks_are_nf4(bnb_checkpoint: Callable[[str], Checkpoint]) 
     assert tensor.nf4_blocks(0, 1) is None
     assert tensor.nf4_blocks(1, 2) is None
     assert tensor.blocks(BlockFormat(96, 8, 32), 0, 64) is None
+    assert not tensor.fits(BlockFormat(96, 8, 32), 0, 64)
 
 
 @pytest.mark.parametrize("kind", ["fp4", "int8"])
@@ -169,6 +168,7 @@ def test_int8_keeps_its_codes(block_size: int, zero_point: bool, bnb_checkpoint:
     checkpoint, form = bnb_checkpoint("int8"), BlockFormat(96, 8, block_size, zero_point)
     tensor = quantized(checkpoint, DOWN)
     blocks = tensor.blocks(form, 3, 60)
+    assert tensor.fits(form, 3, 60)
     assert blocks is not None
     stored = load_file(checkpoint.weight_files[0])[DOWN][3:60].numpy()
     np.testing.assert_array_equal(blocks.codes[:, :96].astype(np.int16) - 128, stored)
@@ -177,6 +177,7 @@ def test_int8_keeps_its_codes(block_size: int, zero_point: bool, bnb_checkpoint:
     rows = tensor.rows(3, 60)
     assert (np.abs(dequantize_rows(blocks.codes, blocks.scales, 96, 8) - rows) <= np.abs(rows) * ROUNDING).all()
     np.testing.assert_array_equal(dequantize(blocks, form), dequantize_rows(blocks.codes, blocks.scales, 96, 8))
+    assert not tensor.fits(BlockFormat(96, 4, block_size), 3, 60)
     assert tensor.blocks(BlockFormat(96, 4, block_size), 3, 60) is None
 
 
@@ -260,9 +261,10 @@ def test_packed_codes_are_kept(
 def test_formats_that_cannot_hold_the_codes(tmp_path: Path) -> None:
     tensors = packed_parts(8, 128, 8, 32)[0]
     tensor = quantized(save(tmp_path, tensors, packed_config(scheme(8, 32))))
-    assert tensor.blocks(BlockFormat(128, 8, 16), 0, 8) is not None
-    assert tensor.blocks(BlockFormat(128, 8, 64), 0, 8) is None
-    assert tensor.blocks(BlockFormat(128, 4, 32), 0, 8) is None
+    for bits, block_size, fits in ((8, 16, True), (8, 64, False), (4, 32, False)):
+        form = BlockFormat(128, bits, block_size)
+        assert tensor.fits(form, 0, 8) is fits
+        assert (tensor.blocks(form, 0, 8) is not None) is fits
 
 
 @given(
@@ -287,6 +289,7 @@ def test_reencoding_is_exact_or_refused(
     blocks = reencode(levels, bits, scales, zeros, form)
     fits = form_bits >= bits and (symmetric or form.zero_point) and (num_groups == 1 or group % block_size == 0)
     assert (blocks is not None) == fits
+    assert holds_codes(form, bits, num_groups, is_symmetric=symmetric) == fits
     if blocks is not None:
         assert (blocks.zero_points is not None) == form.zero_point
         np.testing.assert_array_equal(dequantize(blocks, form), dequantized(levels, scales, zeros, bits))
@@ -351,36 +354,3 @@ def test_what_compressed_tensors_packs(bits: int, symmetric: bool, group_size: i
     expected = compressor.decompress(compressed, args)["weight"].numpy()
     np.testing.assert_array_equal(whole(checkpoint), expected)
     np.testing.assert_array_equal(quantized(checkpoint).rows(5, 11), expected[5:11])
-
-
-# Chunks
-
-
-@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "packed"])
-def test_a_chunk_at_a_time(
-    kind: str, bnb_checkpoint: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kind == "packed":
-        checkpoint, name = save(tmp_path, packed_parts(96, 64, 4, 32)[0], packed_config(scheme(4, 32))), W
-    else:
-        checkpoint, name = bnb_checkpoint(kind), GATE
-    expected = whole(checkpoint, name)
-    most = 7 * 64 + 5
-    monkeypatch.setattr(checkpoint_module, "CHUNK_WEIGHTS", most)
-    sizes: list[int] = []
-    read = Checkpoint.read
-
-    def spied(self: Checkpoint, *arguments: Any) -> torch.Tensor:
-        sizes.append((tensor := read(self, *arguments)).nbytes)
-        return tensor
-
-    monkeypatch.setattr(Checkpoint, "read", spied)
-    chunks = list(checkpoint.rows(name, 3, 90))
-    assert max(chunk.size for chunk in chunks) == 7 * 64
-    assert max(sizes) <= most
-    np.testing.assert_array_equal(np.concatenate(chunks), expected[3:90])
-    order = np.random.default_rng(0).permutation(96)
-    ordered = list(checkpoint.rows_in_order(name, order))
-    assert max(chunk.size for chunk in ordered) == 7 * 64
-    np.testing.assert_array_equal(np.concatenate(ordered), expected[order])
-    np.testing.assert_array_equal(checkpoint.single_rows(name, [8, 3], 1, 5), expected[[8, 3], 1:5])
