@@ -220,7 +220,7 @@ def test_zero_is_exact(data: st.DataObject, form: BlockFormat) -> None:
     assert not dequantize(quantize_rows(weights, form), form)[:, ::3].any()
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None)
 @given(st.data(), FORMATS)
 def test_quantized_weights_quantize_to_themselves(data: st.DataObject, form: BlockFormat) -> None:
     """Bit for bit in blocks that keep all of their range.
