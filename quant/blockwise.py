@@ -120,8 +120,9 @@ def pack(levels: Codes, bits: int) -> Codes:
     """Two 4-bit codes a byte, the earlier one in the low nibble; 8-bit ones as they are. [num_rows, even number]"""
     if bits == 8:
         return levels
-    low, high = levels[:, 0::2], levels[:, 1::2]
-    return np.bitwise_or(low, np.left_shift(high, 4, dtype=np.uint8), dtype=np.uint8)
+    pairs = np.ascontiguousarray(levels).view("<u2")
+    packed: Codes = (pairs | pairs >> 4).astype(np.uint8)
+    return packed
 
 
 def unpack(codes: Codes, bits: int) -> Codes:
@@ -133,8 +134,20 @@ def unpack(codes: Codes, bits: int) -> Codes:
 
 def _scales(blocks: Float32, bits: int) -> Float16:
     """One scale a block, rounded away from zero so that none is too small for its block; 1 where all weights are 0."""
-    lowest, highest = blocks.min(-1), blocks.max(-1)
-    return outward(np.where(-lowest >= highest, lowest, highest) / -(1 << (bits - 1)))
+    scales = outward(extremes(columns(blocks)) / np.float32(-(1 << (bits - 1))))
+    return scales.reshape(blocks.shape[:-1])
+
+
+def columns(blocks: Float32) -> Float32:
+    """A copy [block_size, number of blocks]: numpy reduces down columns several times faster than along short rows."""
+    return np.ascontiguousarray(blocks.reshape(-1, blocks.shape[-1]).T)
+
+
+def extremes(columns: Float32) -> Float32:
+    """The weight of largest magnitude of each block [number of blocks]; of two, the negative one."""
+    lowest, highest = columns.min(0), columns.max(0)
+    found: Float32 = np.where(-lowest >= highest, lowest, highest)
+    return found
 
 
 def outward(exact: Float32) -> Float16:

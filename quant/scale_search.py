@@ -10,7 +10,17 @@ Source: ggml `make_qx_quants` (the search), llama.cpp's importance matrix (the w
 
 import numpy as np
 
-from quant.blockwise import BlockFormat, Blocks, Float16, Float32, encode, padded_blocks, quantize_rows
+from quant.blockwise import (
+    BlockFormat,
+    Blocks,
+    Float16,
+    Float32,
+    columns,
+    encode,
+    extremes,
+    padded_blocks,
+    quantize_rows,
+)
 
 # where the weight of largest magnitude comes to lie, in levels beyond the last one: from -1.4 (clipped) to +1.4
 SHIFTS = np.linspace(-1.4, 1.4, 15, dtype=np.float32)
@@ -29,15 +39,17 @@ def search_rows(weights: Float32, form: BlockFormat, mean_squares: Float32 | Non
     if form.bits == 8 or form.zero_point:
         return nearest
     blocks = padded_blocks(weights, form)
-    importance = None if mean_squares is None else padded_blocks(mean_squares[None], form)
+    importance = None
+    if mean_squares is not None:
+        importance = columns(np.broadcast_to(padded_blocks(mean_squares[None], form), blocks.shape))
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = _best_scales(blocks, nearest.scales, importance, form)
-    return Blocks(encode(blocks, scales, form), scales)
+        scales = _best_scales(columns(blocks), nearest.scales.ravel(), importance, form)
+    return Blocks(encode(blocks, scales.reshape(nearest.scales.shape), form), scales.reshape(nearest.scales.shape))
 
 
 def _best_scales(blocks: Float32, nearest: Float16, importance: Float32 | None, form: BlockFormat) -> Float16:
-    lowest, highest = blocks.min(-1), blocks.max(-1)
-    extreme = np.where(-lowest >= highest, lowest, highest)
+    """The best scale of each block [block_size, number of blocks]."""
+    extreme = extremes(blocks)
     weighted = blocks if importance is None else blocks * importance
     best = nearest.copy()
     least = _errors(blocks, best, importance, form)
@@ -55,8 +67,7 @@ def _best_scales(blocks: Float32, nearest: Float16, importance: Float32 | None, 
 
 def _levels(blocks: Float32, scales: Float32, form: BlockFormat) -> Float32:
     """Signed levels of the nearest multiples; 0 where a scale is 0."""
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    levels: Float32 = np.multiply(blocks, inverse[..., None])
+    levels: Float32 = blocks * np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     np.rint(levels, out=levels)
     return np.clip(levels, -form.middle, form.middle - 1, out=levels)
 
@@ -65,11 +76,11 @@ def _errors(blocks: Float32, scales: Float16, importance: Float32 | None, form: 
     """Squared error of each block, weighted."""
     floats = scales.astype(np.float32)
     errors = _levels(blocks, floats, form)
-    errors *= floats[..., None]
+    errors *= floats
     errors -= blocks
     return _dot(errors, errors if importance is None else errors * importance)
 
 
 def _dot(a: Float32, b: Float32) -> Float32:
-    product: Float32 = np.einsum("rbk,rbk->rb", a, b)
+    product: Float32 = (a * b).sum(0)
     return product
