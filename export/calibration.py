@@ -47,8 +47,10 @@ class Calibration:
         return tensor.startswith(MODEL_PROJECTION) or _place(tensor)[1] in PARTS
 
     def moment(self, tensor: str) -> Tensor:
-        """E[x x^T], float32 [width, width], of a matrix's inputs. The caller may overwrite it."""
-        return self._moment(tensor).clone()
+        """E[x x^T], float32 [width, width], of a matrix's inputs. The caller may overwrite it, and asks for it once."""
+        moment = self._moment(tensor)
+        self._moments.pop(PARTS.get(_place(tensor)[1], ""), None)  # kept, the widest would take 604 MB more
+        return moment
 
     def mean_squares(self, tensor: str) -> Float32:
         """E[x^2], [width]."""

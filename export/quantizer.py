@@ -38,7 +38,7 @@ class Moments(Protocol):
         ...
 
     def moment(self, tensor: str) -> torch.Tensor:
-        """E[x x^T], float32 [width, width], of a matrix's inputs; the caller may overwrite it."""
+        """E[x x^T], float32 [width, width], of a matrix's inputs; the caller may overwrite it, and asks once."""
         ...
 
     def mean_squares(self, tensor: str) -> Float32:

@@ -45,15 +45,16 @@ class GPTQ:
         if not np.isfinite(mean) or mean <= 0:
             raise MomentError(f"the inputs' second moment has a mean of {mean}")
         diagonal.add_(DAMPING * mean)
-        factor, failed = torch.linalg.cholesky_ex(moment)
+        failed = torch.empty((), dtype=torch.int32)
+        # all in place: of width 12,288, the widest there is, one such matrix takes 604 MB
+        torch.linalg.cholesky_ex(moment, out=(moment, failed))
         if int(failed) != 0:
             raise MomentError("the inputs' second moment is not positive definite")
-        inverse = torch.cholesky_inverse(factor)
-        del factor
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        torch.cholesky_inverse(moment, out=moment)
+        torch.linalg.cholesky_ex(moment, upper=True, out=(moment, failed))
         if int(failed) != 0:
             raise MomentError("the inverse of the inputs' second moment is not positive definite")
-        return cls(upper.float())
+        return cls(moment.float())
 
     def quantize(self, weights: Float32, form: BlockFormat) -> Blocks:
         """Quantizes rows [num_rows, width]."""
