@@ -53,7 +53,7 @@ class Calibration:
         return moment
 
     def mean_squares(self, tensor: str) -> Float32:
-        """E[x^2], [width]."""
+        """E[x^2], [width]; asked for before `moment`, which is given away."""
         squares: Float32 = self._moment(tensor).diagonal().numpy().astype(np.float32)
         return squares
 

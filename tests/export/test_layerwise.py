@@ -67,9 +67,10 @@ def test_moments_are_those_of_the_inputs(target, token_ids):
     embeds = target.start(token_ids).embeds.flatten(0, 1)
     torch.testing.assert_close(calibration.moment(names[0]), embeds.T @ embeds / len(embeds))
     for shape in decoder_matrices(target.model):
+        squares = calibration.mean_squares(shape.name)
         moment = calibration.moment(shape.name)
         assert moment.shape == (shape.width, shape.width)
-        np.testing.assert_allclose(calibration.mean_squares(shape.name), moment.diagonal(), rtol=1e-6)
+        np.testing.assert_allclose(squares, moment.diagonal(), rtol=1e-6)
 
 
 def test_windows_begin_with_bos():
