@@ -26,7 +26,7 @@ def figures(quality: Quality) -> list[tuple[str, str]]:
         ("perplexity, reference", f"{quality.reference_perplexity:.4g}"),
         ("perplexity, artifact", f"{quality.artifact_perplexity:.4g}"),
     ]
-    return rows + [(f"acceptance of {n} drafts", f"{rate:.1%}") for n, rate in quality.acceptance.items()]
+    return rows + [(f"acceptance of {n} draft{'s'[: n > 1]}", f"{rate:.1%}") for n, rate in quality.acceptance.items()]
 
 
 def render_text(quality: Quality, sensitivities: list[Sensitivity]) -> str:
