@@ -72,8 +72,19 @@ class ChatTemplate:
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ArtifactError(f"chat template{_place(error)}: {_reason(error)}; re-export the model") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+    ) -> str:
         """The prompt; with `add_generation_prompt` it ends where the model is to answer.
+
+        Args:
+            tools: schemas of tools that the model may call
+            thinking: whether it may think first
 
         Raises:
             RequestError: a message is not usable, or the template fails or exceeds its budget.
@@ -81,7 +92,8 @@ class ChatTemplate:
         variables = {
             **self._special_tokens,
             "messages": plain_messages(messages),
-            "tools": None,
+            "tools": list(tools) if tools else None,
+            "enable_thinking": thinking,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -95,22 +107,100 @@ class ChatTemplate:
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A copy in plain JSON types: a template can neither change nor call what it is given."""
+    """A copy in plain JSON types, which a template can neither change nor call; text in parts becomes one text.
+
+    Raises:
+        RequestError: a message is not of the form that Gemma 4's template reads.
+    """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(f"messages must be a list of at least one mapping, got {messages!r:.40}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise RequestError(f"message {index} must be a mapping with role and content, got {message!r:.40}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise RequestError(f"message {index}: {key} must be a string, got {message.get(key)!r:.40}")
+        if not isinstance(message.get("role"), str):
+            raise RequestError(f"message {index}: role must be a string, got {message.get('role')!r:.40}")
         if message["role"] not in ROLES:
             raise RequestError(f"message {index}: role {message['role']!r:.40} is unknown; use {', '.join(ROLES)}")
     try:
         copy: list[dict[str, Any]] = json.loads(json.dumps([dict(message) for message in messages]))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"messages must hold JSON values only: {error}") from error
+    calls: dict[str, str] = {}
+    for index, message in enumerate(copy):
+        _check_message(message, index, calls)
     return copy
+
+
+def guarded(value: Any, literal: Callable[[str], str]) -> Any:
+    """A JSON value with `literal` of every string, keys included."""
+    if isinstance(value, str):
+        return literal(value)
+    if isinstance(value, Mapping):
+        return {literal(str(key)): guarded(one, literal) for key, one in value.items()}
+    return [guarded(one, literal) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _check_message(message: dict[str, Any], index: int, calls: dict[str, str]) -> None:
+    """Brings a message into the form that templates read; `calls` holds the ids of the last calls and their names."""
+    role, is_model = message["role"], message["role"] in ("assistant", "model")
+    message["content"] = _content(message, index)
+    if message.get("tool_calls") is not None:
+        if not is_model:
+            raise RequestError(f"message {index}: only an assistant's message can have tool_calls")
+        message["tool_calls"] = _tool_calls(message["tool_calls"], index)
+    else:
+        message.pop("tool_calls", None)
+    for key in ("reasoning_content", "tool_call_id", "name"):
+        if not isinstance(message.get(key, ""), str):
+            raise RequestError(f"message {index}: {key} must be a string, got {message[key]!r:.40}")
+    if role == "tool":
+        if (id_ := message.get("tool_call_id")) is not None and id_ not in calls:
+            raise RequestError(f"message {index}: no call before it has the id {id_!r:.40}; answer one of the model's")
+        message.setdefault("name", calls.get(message.get("tool_call_id", ""), "unknown"))
+    else:
+        calls.clear()
+        calls.update({call["id"]: call["function"]["name"] for call in message.get("tool_calls", ()) if "id" in call})
+
+
+def _content(message: Mapping[str, Any], index: int) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, list):
+        raise RequestError(f"message {index}: content must be a string, got {content!r:.40}")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"message {index}: content holds {part!r:.40}, expected parts of type 'text'; images and audio are not "
+                "there yet"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
+    """Calls with their arguments as mappings."""
+    if not isinstance(calls, list):
+        raise RequestError(f"message {index}: tool_calls must be a list, got {calls!r:.40}")
+    made = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        function = function if isinstance(function, dict) else {}
+        name, arguments = function.get("name"), function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(name, str) or not isinstance(arguments, dict) or not isinstance(call.get("id", ""), str):
+            raise RequestError(
+                f"message {index}: tool_calls holds {call!r:.60}, expected {{'function': {{'name': text, 'arguments': "
+                "mapping}}}"
+            )
+        id_ = {"id": call["id"]} if "id" in call else {}
+        made.append({**id_, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return made
 
 
 def _place(error: BaseException) -> str:

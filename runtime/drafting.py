@@ -10,6 +10,7 @@ import numpy.typing as npt
 from runtime.draft_policy import PLAIN, DraftPolicy, Offer, Source, StepCosts
 from runtime.drafter import Draft
 from runtime.errors import InferenceError
+from runtime.prefix import Reuse
 from runtime.prompt_lookup import NUM_PLACES, PromptLookup
 from runtime.sampling import Distribution, SamplingParams
 
@@ -52,6 +53,7 @@ class DraftCounts:
     """What the loop did; `accepted_histogram[n]` counts the verify steps that accepted n drafts.
 
     `drafted_histogram[n]` counts those that n drafts were given to. A slide is where turns of the prompt were dropped.
+    Reused tokens were cached, recomputed ones, which count as prefilled, were too, but for the windows behind them.
     """
 
     num_drafted: int = 0
@@ -59,12 +61,20 @@ class DraftCounts:
     num_verify_steps: int = 0
     num_drafter_faults: int = 0
     num_prefilled_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_recomputed_tokens: int = 0
     num_slides: int = 0
     num_dropped_tokens: int = 0
     accepted_histogram: list[int] = field(default_factory=list)
     drafted_histogram: list[int] = field(default_factory=list)
     num_steps: dict[Source, int] = field(default_factory=lambda: dict.fromkeys(("plain", "drafter", "lookup"), 0))
     _num_reached: list[int] = field(default_factory=list)  # by position: steps whose drafts stood up to there
+
+    def count_prefill(self, num_tokens: int, reuse: Reuse) -> None:
+        """Counts the prefill of a prompt of `num_tokens`."""
+        self.num_prefilled_tokens += num_tokens - reuse.num_tokens
+        self.num_reused_tokens += reuse.num_tokens
+        self.num_recomputed_tokens += reuse.num_common - reuse.num_tokens
 
     def count(self, num_drafted: int, num_accepted: int, source: Source = "drafter") -> None:
         """Counts one forward of the target behind the prefill."""

@@ -3,17 +3,17 @@
 import os
 import reprlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 
-from profiles import MAX_DRAFT_TOKENS, DeviceProfile, budget_bytes, load_profile
+from profiles import DeviceProfile, budget_bytes, load_profile
 from runtime import native
-from runtime.chat import plain_messages
+from runtime.conversation import Conversation
 from runtime.drafter import DrafterModel
 from runtime.errors import BusyError, ClosedError, RequestError
 from runtime.generation import Request
@@ -22,14 +22,20 @@ from runtime.loading import Loaded, load_planned
 from runtime.manifest import Manifest, read_manifest
 from runtime.memory import keep_large_blocks_apart, memory_usage
 from runtime.memory_plan import INTERPRETER_BYTES, MemoryPlan, plan_memory
+from runtime.options import GenerationOptions, OptionArguments
 from runtime.portable_copy import portable_copy
-from runtime.sampling import SamplingParams
+from runtime.prefix import Parked
+from runtime.prompts import Prompts
+from runtime.response import ResponseScanner
+from runtime.saved_conversation import read_conversation
 from runtime.session import new_run_options
 from runtime.stream import Generation, GenerationRun, GenerationStream
 from runtime.target import TargetModel
-from runtime.turns import ContextPolicy, room_in_context, sliding_of
+from runtime.tools import ToolLike, tools_of
+from runtime.turns import room_in_context, sliding_of
 
 BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no tokens
+WAIT_SECONDS = 0.05  # until a generation that waits looks again whether the one in progress was abandoned
 
 
 class Runtime:
@@ -44,6 +50,7 @@ class Runtime:
         self._loaded: Loaded | None = loaded
         self._process = os.getpid()
         self._claim_lock = threading.Lock()
+        self._released = threading.Condition(self._claim_lock)
         self._step_lock = threading.Lock()
         self._current: GenerationRun | None = None
 
@@ -88,34 +95,15 @@ class Runtime:
         plan = plan_memory(manifest, device, budget, context_tokens=context_tokens, model=folder.resolve().name)
         return cls(manifest, device, plan, load_planned(folder, manifest, device, plan))
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        num_draft_tokens: int | None = None,
-        context_policy: ContextPolicy = "stop",
-    ) -> Generation:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[OptionArguments]) -> Generation:
         """Generates until an end-of-sequence token, a stop string, `max_tokens` or the end of the context.
 
-        Defaults come from the checkpoint's generation configuration; temperature 0 is greedy. Drafting changes the
-        speed, never the distribution. Without a drafter the artifact drafts only what the text repeats.
+        Drafting changes the speed, never the distribution. Without a drafter the artifact drafts only what the text
+        repeats. What the KV cache holds of the prompt from before is not computed again.
 
         Args:
             prompt: text, before which BOS is put, or token ids, taken as they are
-            num_draft_tokens: so many drafts of the drafter in every round, 0 for none; None for as many, of the drafter
-                or of what the text repeats, as pay by what stood so far, up to the profile's number
-            context_policy: what happens where the context is full. "stop": the generation ends. "slide": the oldest
-                turns of a chat are dropped, and what remains is prefilled again, so that the text goes on as that of
-                the shortened conversation. The system's turn stays, and all from the last user turn on. So many turns
-                go that there is room for `max_tokens` or a quarter of the context, whichever is less, or else as much
-                as there can be; the same for a prompt that leaves less room than that. Where nothing more can be
-                dropped, as in plain text, the generation ends.
+            options: see `GenerationOptions`
 
         Raises:
             RequestError: the prompt or an option cannot be served.
@@ -123,98 +111,99 @@ class Runtime:
             ClosedError: the runtime is closed or belongs to another process.
             InferenceError: the model produced NaN or infinite numbers.
         """
-        stream = self.stream(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            num_draft_tokens=num_draft_tokens,
-            context_policy=context_policy,
-        )
-        return stream.finish()
+        return self.stream(prompt, **options).finish()
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        num_draft_tokens: int | None = None,
-        context_policy: ContextPolicy = "stop",
-    ) -> GenerationStream:
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[OptionArguments]) -> GenerationStream:
         """As `generate`, but yields pieces of text as they become certain; its `generation` holds the result.
 
         The stream is the runtime's one generation from its first piece until it ends, is closed or dropped, or the
         same thread begins another one, which cancels it. Other threads get BusyError meanwhile.
         """
-        loaded = self._open_or_raise()
-        prompt_ids = self._prompt_ids(loaded, prompt)
-        sliding = sliding_of(context_policy, prompt_ids, loaded.template, loaded.tokenizer, self.context_tokens)
-        room = room_in_context(len(prompt_ids), self.context_tokens, sliding)
-        wanted = _token_limit(max_tokens)
-        params = self._sampling_params(temperature, top_p, top_k)
-        request = Request(
-            prompt_ids=prompt_ids,
-            max_tokens=room if wanted is None else min(wanted, room),
-            params=params,
-            num_draft_tokens=self._num_draft_tokens(num_draft_tokens),
-            prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
-            costs=loaded.costs if num_draft_tokens is None else None,
-            sliding=sliding,
-            fills_context=wanted is None or wanted > room,
-        )
-        if seed is not None and (type(seed) is not int or seed < 0):
-            raise RequestError(f"seed is {reprlib.repr(seed)}, expected an integer >= 0")
-        eos_ids = frozenset(self.manifest.generation["eos_token_ids"])
-        run = GenerationRun(self, request, np.random.default_rng(seed), loaded.tokenizer, eos_ids, stop)
-        return GenerationStream(run)
+        return GenerationStream(self._run(self._prompt_ids(prompt), GenerationOptions(**options)))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        num_draft_tokens: int | None = None,
-        context_policy: ContextPolicy = "stop",
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
+        **options: Unpack[OptionArguments],
     ) -> Generation:
-        """Renders messages ({"role", "content"}) with the checkpoint's chat template and generates the answer.
+        """Generates the answer to messages ({"role", "content"}), in the checkpoint's chat format.
 
-        Options are those of `generate`. To stream an answer: `runtime.stream(runtime.chat_prompt(messages))`.
+        Args:
+            messages: roles are system, user, assistant and tool; an assistant's may have "tool_calls"
+            tools: functions or JSON schemas that the model may call; it says so in `tool_calls` of the answer
+            thinking: whether the model may think first; thoughts are in `thinking` of the answer
+            options: see `GenerationOptions`
+
+        Raises:
+            ToolCallError: the model wrote a tool call that is none; has its text.
+            RequestError, BusyError, ClosedError, InferenceError: as `generate`.
         """
-        return self.generate(
-            self.chat_prompt(messages),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            num_draft_tokens=num_draft_tokens,
-            context_policy=context_policy,
+        return self.stream_chat(messages, tools=tools, thinking=thinking, **options).finish()
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
+        **options: Unpack[OptionArguments],
+    ) -> GenerationStream:
+        """As `chat`, but yields pieces, whose `kind` is "thinking" or "text"."""
+        known = tools_of(tools)
+        prompt_ids = self.prompts.chat_ids(messages, known, thinking=thinking)
+        run = self._run(prompt_ids, GenerationOptions(**options), is_chat=True, thinking=thinking)
+        return GenerationStream(run)
+
+    def conversation(
+        self,
+        *,
+        system: str | None = None,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
+        messages: Sequence[Mapping[str, Any]] = (),
+        **options: Unpack[OptionArguments],
+    ) -> Conversation:
+        """A conversation that remembers its messages; any number of them share the runtime.
+
+        Args:
+            system: what stands before all messages
+            messages: what was said already
+            options: defaults of its answers, see `GenerationOptions`
+        """
+        first = [{"role": "system", "content": system}] if system is not None else []
+        return Conversation(self, [*first, *messages], tools_of(tools), thinking, options)
+
+    def resume(self, path: str | Path, *, tools: Sequence[ToolLike] = ()) -> Conversation:
+        """A conversation that was saved with `Conversation.save`; goes on as it would have, without a prefill.
+
+        Args:
+            tools: functions for the tools that it was saved with, by name; those without one are schemas
+
+        Raises:
+            SessionError: the file is damaged, or of another model, tokenizer, template or type of KV rows.
+        """
+        saved = read_conversation(Path(path), self.identity, self._open_or_raise().target.cache.empty_snapshot())
+        if len(saved.rows.token_ids) < self.context_tokens:  # else they are computed again
+            with self._idle():
+                self._open_or_raise().target.adopt(saved.rows)
+        known = {tool.name: tool for tool in tools_of(tools)}
+        return Conversation(
+            self,
+            saved.messages,
+            tuple(known.get(tool.name, tool) for tool in saved.tools),
+            saved.thinking,
+            saved.options,
+            token_ids=saved.rows.token_ids,
         )
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[ToolLike] = (), thinking: bool = False
+    ) -> list[int]:
         """Token ids of a conversation up to where the model's turn begins."""
-        loaded = self._open_or_raise()
-        if loaded.template is None:
-            raise RequestError("the artifact has no chat template; use generate() with a prompt of your own")
-        plain = plain_messages(messages)
-        for message in plain:
-            if message["role"] not in ("assistant", "model"):  # only the model's own turns may hold special tokens
-                message["content"] = loaded.tokenizer.literal(message["content"])
-        return loaded.tokenizer.encode(loaded.template.render(plain), add_bos=True)
+        return self.prompts.chat_ids(messages, tools_of(tools), thinking=thinking)
 
     def count_tokens(self, text: str) -> int:
         """Tokens that `text` takes as a prompt, BOS included."""
@@ -249,23 +238,49 @@ class Runtime:
     # for streams
 
     def claim(self, run: GenerationRun) -> tuple[TargetModel, DrafterModel | None]:
-        """Makes a generation the one in progress, on an empty cache; an abandoned one before it ends as cancelled.
+        """Makes a generation the one in progress; an abandoned one before it ends as cancelled.
 
         Raises:
-            BusyError: another thread's generation is in progress.
+            BusyError: another thread's generation is in progress, and this one does not wait.
         """
         self._check_process()
-        with self._claim_lock:
+        with self._released:
+            while self._current is not None and self._current.is_in_use and not run.is_cancelled:
+                if not run.waits:
+                    raise BusyError("another thread's generation is in progress; wait for it or cancel() it")
+                self._open_or_raise()
+                self._released.wait(WAIT_SECONDS)
+            loaded = self._open_or_raise()
+            if run.is_cancelled:
+                return loaded.target, loaded.drafter
             if self._current is not None:
+                self._current.cancel()
+            self._current = run
+        with self._step_lock:  # the one that was cancelled may be in its last step
+            loaded.target.run_options = new_run_options()
+        return loaded.target, loaded.drafter
+
+    def release(self, run: GenerationRun) -> None:
+        """Lets the next generation that waits begin."""
+        with self._released:
+            self._released.notify_all()
+
+    def rows_of(self, token_ids: Sequence[int]) -> Parked:
+        """Rows of the KV cache, copied, of as many of the first of these tokens as it knows."""
+        with self._idle():
+            return self._open_or_raise().target.rows_of(token_ids)
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """Held while the KV cache is read or exchanged; BusyError where a generation is in progress."""
+        self._check_process()
+        with self._claim_lock:
+            if self._current is not None and self._current.generation is None:
                 if self._current.is_in_use:
                     raise BusyError("another thread's generation is in progress; wait for it or cancel() it")
                 self._current.cancel()
-            loaded = self._open_or_raise()
-            self._current = run
-        with self._step_lock:  # the one that was cancelled may be in its last step
-            loaded.target.cache.clear()
-            loaded.target.run_options = new_run_options()
-        return loaded.target, loaded.drafter
+            with self._step_lock:
+                yield
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -289,9 +304,64 @@ class Runtime:
             raise ClosedError("the runtime is closed; load the artifact again")
         return self._loaded
 
-    def _prompt_ids(self, loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
+    @property
+    def prompts(self) -> Prompts:
+        """How messages become token ids."""
+        return self._open_or_raise().prompts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What rows of this runtime's KV cache depend on."""
+        files = self.manifest.files
+        return {
+            "files": {name: files[name].sha256 for name in sorted(files)},
+            "layout": self.manifest.layout,
+            "kv_dtype": self.plan.kv_dtype,
+        }
+
+    def answer(
+        self, prompt_ids: list[int], options: GenerationOptions, thinking: bool, on_end: Callable[[Generation], None]
+    ) -> GenerationStream:
+        """A conversation's answer to a prompt; waits for other generations."""
+        run = self._run(prompt_ids, options, is_chat=True, thinking=thinking, waits=True)
+        return GenerationStream(run, on_end)
+
+    def _run(
+        self,
+        prompt_ids: list[int],
+        options: GenerationOptions,
+        *,
+        is_chat: bool = False,
+        thinking: bool = False,
+        waits: bool = False,
+    ) -> GenerationRun:
+        """A generation that is yet to begin."""
+        loaded = self._open_or_raise()
+        options.check()
+        sliding = sliding_of(options.context_policy, prompt_ids, loaded.template, loaded.tokenizer, self.context_tokens)
+        room = room_in_context(len(prompt_ids), self.context_tokens, sliding)
+        eos_ids = list(self.manifest.generation["eos_token_ids"])
+        form = loaded.prompts.response_format if is_chat else None
+        if form is not None and form.result_start is not None:
+            eos_ids.append(form.result_start)
+        request = Request(
+            prompt_ids=prompt_ids,
+            max_tokens=room if options.max_tokens is None else min(options.max_tokens, room),
+            params=options.sampling_params(self.manifest.generation),
+            num_draft_tokens=options.draft_limit(self.profile),
+            prefill_chunk_tokens=self.profile.prefill_chunk_tokens,
+            costs=loaded.costs if options.num_draft_tokens is None else None,
+            sliding=sliding,
+            fills_context=options.max_tokens is None or options.max_tokens > room,
+            constraint=loaded.constraints.of(options, thinking=thinking),
+        )
+        scanner = ResponseScanner(loaded.tokenizer, options.stop, form)
+        rng = np.random.default_rng(options.seed)
+        return GenerationRun(self, request, rng, frozenset(eos_ids), scanner, waits=waits)
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            prompt = loaded.tokenizer.encode(prompt, add_bos=True) if prompt else []
+            prompt = self._open_or_raise().tokenizer.encode(prompt, add_bos=True) if prompt else []
         elif isinstance(prompt, np.ndarray):
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
@@ -300,35 +370,6 @@ class Runtime:
         if not ids:
             raise RequestError("the prompt is empty; pass at least one token")
         return ids
-
-    def _sampling_params(self, temperature: float | None, top_p: float | None, top_k: int | None) -> SamplingParams:
-        defaults = self.manifest.generation
-        params = SamplingParams(
-            defaults["temperature"] if temperature is None else temperature,
-            defaults["top_k"] if top_k is None else top_k,
-            defaults["top_p"] if top_p is None else top_p,
-        )
-        params.check()
-        return params
-
-    def _num_draft_tokens(self, num_draft_tokens: int | None) -> int:
-        if num_draft_tokens is None:
-            return self.profile.num_draft_tokens
-        if type(num_draft_tokens) is not int or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
-            found = reprlib.repr(num_draft_tokens)
-            raise RequestError(f"num_draft_tokens is {found}, expected an integer 0-{MAX_DRAFT_TOKENS}")
-        if num_draft_tokens and not self.profile.num_draft_tokens:
-            raise RequestError(
-                f"num_draft_tokens is {num_draft_tokens}, profile {self.profile.name} grants 0, so no drafter was "
-                "loaded; load with a profile that grants more"
-            )
-        return num_draft_tokens
-
-
-def _token_limit(max_tokens: int | None) -> int | None:
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise RequestError(f"max_tokens is {reprlib.repr(max_tokens)}, expected an integer >= 1")
-    return max_tokens
 
 
 def _token_id(value: Any, place: int, vocab_size: int) -> int:

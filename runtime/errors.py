@@ -9,9 +9,12 @@ ValueError
     ├── MemoryBudgetError    the budget is below what is needed
     ├── BusyError            the runtime is generating for another thread
     ├── ClosedError          the runtime was closed, or belongs to another process
+    ├── SessionError         a session file is damaged, foreign or cannot be written
+    ├── ToolCallError        the model wrote a tool call that is none, or with arguments that do not fit
     └── InferenceError       the model produced no usable numbers
 """
 
+import reprlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +55,18 @@ class BusyError(EdgeError):
 
 class ClosedError(EdgeError):
     """The runtime was closed, or was created in another process."""
+
+
+class SessionError(EdgeError):
+    """A session file is damaged, foreign, of another model, or cannot be written."""
+
+
+class ToolCallError(EdgeError):
+    """The model wrote a tool call that is none, or whose arguments do not fit; `raw` is what it wrote."""
+
+    def __init__(self, message: str, raw: str) -> None:
+        super().__init__(f"{message}: {reprlib.repr(raw)}")
+        self.raw = raw
 
 
 class InferenceError(EdgeError):

@@ -9,9 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
+from runtime.constraint import Constraint, masked_logits
 from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
 from runtime.drafting import AdaptiveDrafting, DraftCounts, Drafter, Drafting, FixedDrafting, LastingDrafter
+from runtime.prefix import Reuse
 from runtime.sampling import (
     SamplingParams,
     Top,
@@ -36,8 +38,8 @@ class Target(Protocol):
         """Forgets the last tokens."""
         ...
 
-    def clear(self) -> None:
-        """Forgets every token."""
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        """Keeps as many of the first of these tokens as are cached, not the last, and forgets all others."""
         ...
 
 
@@ -46,7 +48,8 @@ class Request:
     """What is to be generated; `max_tokens` already fits the context, with `sliding` once all is dropped that may be.
 
     With `costs` as many tokens are drafted as pay, `num_draft_tokens` at most; without, so many in every round.
-    `fills_context` says that more would have been generated, had the context held it.
+    `fills_context` says that more would have been generated, had the context held it. Of `constraint` each generation
+    takes one of its own.
     """
 
     prompt_ids: Sequence[int]
@@ -57,6 +60,7 @@ class Request:
     costs: StepCosts | None = None
     sliding: Sliding | None = None
     fills_context: bool = False
+    constraint: Constraint | None = None
 
 
 def generate_blocks(
@@ -76,20 +80,22 @@ def generate_blocks(
         InferenceError: the target produced NaN or infinite logits, or its session failed.
     """
     drafting = _drafting(LastingDrafter(drafter, request.params, rng, counts, cancelled), request)
+    constraint = request.constraint
     generated: list[int] = []
     step = 0
     while len(generated) < request.max_tokens:
         # prefill
         token_ids, end = _fitted(request, generated, counts)
-        if generated:
-            target.clear()
-        forward = _prefill(target, token_ids, request.prefill_chunk_tokens, cancelled)
+        reuse = target.reuse(token_ids)
+        forward = _prefill(target, token_ids[reuse.num_tokens :], request.prefill_chunk_tokens, cancelled)
         if forward is None:
             return
-        counts.num_prefilled_tokens += len(token_ids)
-        block = [_verify([], forward, request.params, rng, step).next_token_id]
+        counts.count_prefill(len(token_ids), reuse)
+        block = [_verify([], forward, request.params, rng, step, constraint).next_token_id]
         hidden = forward.hidden[-1]
         generated += block
+        if constraint is not None:
+            constraint.consume(block)
         yield block
 
         # decode
@@ -98,19 +104,27 @@ def generate_blocks(
             drafts = drafting.propose(block[-1], hidden, end - len(generated) - 1)
             if cancelled():
                 return
-            draft_ids = [draft.token_id for draft in drafts]
-            forward = target.forward([block[-1], *draft_ids], num_kept=len(draft_ids) + 1)
-            verdict = _verify(drafts, forward, request.params, rng, step := step + 1)
+            # drafts that the constraint forbids fall, the first of them by the verdict: so the text is the target's
+            num_allowed = len(drafts) if constraint is None else constraint.num_allowed(_ids(drafts))
+            forward = target.forward([block[-1], *_ids(drafts[:num_allowed])], num_kept=num_allowed + 1)
+            judged = drafts[: num_allowed + 1]
+            verdict = _verify(judged, forward, request.params, rng, step := step + 1, constraint)
             num_accepted = verdict.num_accepted
-            target.trim(len(draft_ids) - num_accepted)
-            block = [*draft_ids[:num_accepted], verdict.next_token_id]
-            counts.count(len(draft_ids), num_accepted, drafting.observe(block, num_accepted))
+            target.trim(num_allowed - num_accepted)
+            block = [*_ids(drafts[:num_accepted]), verdict.next_token_id]
+            counts.count(len(drafts), num_accepted, drafting.observe(block, num_accepted))
             hidden = forward.hidden[num_accepted]
             generated += block
+            if constraint is not None:
+                constraint.consume(block)
             yield block
         if cancelled():
             return
         step += 1
+
+
+def _ids(drafts: Sequence[Draft]) -> list[int]:
+    return [draft.token_id for draft in drafts]
 
 
 def _fitted(request: Request, generated: Sequence[int], counts: DraftCounts) -> tuple[list[int], int]:
@@ -147,16 +161,29 @@ def _prefill(
 
 
 def _verify(
-    drafts: Sequence[Draft], forward: Forward, params: SamplingParams, rng: np.random.Generator, step: int
+    drafts: Sequence[Draft],
+    forward: Forward,
+    params: SamplingParams,
+    rng: np.random.Generator,
+    step: int,
+    constraint: Constraint | None,
 ) -> Verdict:
-    """How many drafts stand, and the target's own next token."""
+    """How many drafts stand, and the target's own next token.
+
+    A last draft that the constraint forbids has no row behind it: at its own place it has no probability, and falls.
+    """
     logits, top = forward.logits, None
     if forward.top_logits is not None and forward.top_ids is not None:
         top = Top(forward.top_logits, forward.top_ids)
     elif params.is_greedy:
         top = likeliest_tokens(logits)
     check_logits(logits, step, top)
-    draft_ids = [draft.token_id for draft in drafts]
+    draft_ids = _ids(drafts)
+    if constraint is not None:
+        masks = constraint.masks(draft_ids[: len(logits) - 1])
+        if any(mask is not None for mask in masks):
+            logits, top = masked_logits(logits, masks), None
+            check_logits(logits, step)
     if params.is_greedy:
         return verify_greedy(draft_ids, logits, top)
     drawn_from = [draft.distribution for draft in drafts if draft.distribution is not None]

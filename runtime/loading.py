@@ -7,14 +7,17 @@ import onnxruntime as ort
 
 from profiles import DeviceProfile, threads_of
 from runtime.chat import ChatTemplate
+from runtime.constraints import Constraints
 from runtime.draft_policy import StepCosts
 from runtime.drafter import DrafterModel
 from runtime.errors import ArtifactError, InferenceError
 from runtime.kv_cache import KVCache
 from runtime.layout import DECODER, DRAFTER, DRAFTER_DATA, Layout
-from runtime.manifest import Manifest, check_files, verify_digests
+from runtime.manifest import TOKENIZER, Manifest, check_files, verify_digests
 from runtime.memory_plan import MemoryPlan, max_new_tokens
 from runtime.page_cache import read_ahead
+from runtime.prompts import Prompts
+from runtime.response import ResponseFormat
 from runtime.session import check_signature, open_session
 from runtime.signature import Signature, decoder_signature, drafter_signature
 from runtime.step_costs import costs_record, measure_step_costs, recall_costs, remember_costs
@@ -31,8 +34,14 @@ class Loaded:
     target: TargetModel
     drafter: DrafterModel | None
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    prompts: Prompts
+    constraints: Constraints
     costs: StepCosts | None = None  # None where the profile grants no drafts
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, None where the artifact has none."""
+        return self.prompts.template
 
     def close(self) -> None:
         """Closes the tables' files."""
@@ -75,7 +84,10 @@ def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, plan: Memory
     if manifest.drafter is not None and plan.has_drafter:
         session = _open_graph(folder / DRAFTER, profile, layout, drafter_signature(manifest.drafter, layout))
         drafter = DrafterModel(session, manifest.drafter, target)
-    return Loaded(target, drafter, tokenizer, template)
+    target.parked.max_bytes = plan.parked_bytes
+    form = ResponseFormat.of(tokenizer)
+    constraints = Constraints(folder / TOKENIZER, model, form)
+    return Loaded(target, drafter, tokenizer, Prompts(template, tokenizer, form), constraints)
 
 
 def _step_costs(folder: Path, loaded: Loaded, profile: DeviceProfile) -> StepCosts:

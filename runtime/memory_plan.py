@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 from profiles import MAX_DRAFT_TOKENS, DeviceProfile, threads_of
 from runtime.activations import FLOAT_BYTES, forward_bytes, scratch_bytes
 from runtime.errors import MemoryBudgetError, RequestError
-from runtime.kv_cache import full_bytes_per_token, sliding_bytes
+from runtime.kv_cache import full_bytes_per_token, sliding_bytes, window_copy_bytes
 from runtime.kv_rows import KVDtype, choose_kv_dtype
 from runtime.layout import DECODER, DECODER_DATA, DRAFTER, DRAFTER_DATA, Layout
 from runtime.manifest import TOKENIZER, Manifest
 from runtime.model_config import ModelConfig
+from runtime.prefix import MAX_PARKED
 from runtime.tables import CACHED_TABLE_BYTES
 
 Kind = Literal["anonymous", "mapped", "cached"]
@@ -96,6 +97,12 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """The most anonymous memory at any time."""
         return max(self.load_peak_bytes, self.anonymous_bytes)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Anonymous memory beside the peak that rows of other conversations may take, at most."""
+        rows = sum(part.num_bytes for part in self.parts if part.name in ("KV rows", "KV windows"))
+        return max(0, min(self.budget_bytes - self.peak_bytes, MAX_PARKED * rows))
 
     @property
     def mapped_bytes(self) -> int:
@@ -202,6 +209,7 @@ def _parts(manifest: Manifest, profile: DeviceProfile, context_tokens: int, num_
         "drafter": _drafter_bytes(manifest) if drafts else 0,
         "activations": _activation_bytes(manifest, num_new),
         "scratch of the native ops": scratch_bytes(model, num_new, num_threads) if is_native else 0,
+        "KV window copies": window_copy_bytes(model, kv_dtype, context_tokens),
         "KV windows": sliding_bytes(model, kv_dtype, max_new_tokens(profile), context_tokens),
     }
     anonymous["heap between blocks"] = int(SPARE * sum(anonymous.values()))

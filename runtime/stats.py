@@ -21,12 +21,15 @@ class GenerationStats:
 
     `num_slides` counts how often the oldest turns of the prompt were dropped, before the first token or where the
     context was full, and `num_dropped_tokens` what they held. `num_prompt_tokens` is of the whole prompt,
-    `num_prefilled_tokens` of what was prefilled, behind a slide anew.
+    `num_prefilled_tokens` of what was prefilled, behind a slide anew, and `num_reused_tokens` of what the KV cache held
+    from before. `num_recomputed_tokens` of the prefilled ones it held too, without the rows that a window needs.
     """
 
     num_prompt_tokens: int
     num_generated_tokens: int
     num_prefilled_tokens: int
+    num_reused_tokens: int
+    num_recomputed_tokens: int
     num_slides: int
     num_dropped_tokens: int
     prefill_tokens_per_second: float
@@ -83,6 +86,8 @@ class StatsRecorder:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=num_generated_tokens,
             num_prefilled_tokens=self._num_prefilled,
+            num_reused_tokens=self.counts.num_reused_tokens,
+            num_recomputed_tokens=self.counts.num_recomputed_tokens,
             num_slides=self.counts.num_slides,
             num_dropped_tokens=self.counts.num_dropped_tokens,
             prefill_tokens_per_second=_rate(self._num_prefilled, self._prefill_seconds),

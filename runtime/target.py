@@ -10,6 +10,7 @@ from runtime.kv_cache import KVCache
 from runtime.layout import Layout
 from runtime.memory import release_free_memory
 from runtime.model_config import ModelConfig
+from runtime.prefix import Parked, ParkedRows, Reuse, num_common, park, reuse_rows
 from runtime.session import new_run_options
 from runtime.tables import RowTable
 
@@ -34,6 +35,8 @@ class TargetModel:
         self.ple_table = ple_table
         self.layout = layout
         self.run_options = new_run_options()
+        self.parked = ParkedRows()
+        self._token_ids: list[int] = []  # whose rows are cached, where all went through `forward`
         self._decoder = make_decoder(layout, session, model, cache)
 
     @property
@@ -51,6 +54,7 @@ class TargetModel:
         inputs_embeds, per_layer_inputs = self.token_table.rows(token_ids), self.ple_table.rows(token_ids)
         forward = self._decoder.run(inputs_embeds, per_layer_inputs, num_kept, self.run_options)
         self.cache.append(len(token_ids))
+        self._token_ids += token_ids
         if len(token_ids) >= RELEASING_TOKENS:
             del inputs_embeds, per_layer_inputs
             release_free_memory()
@@ -58,8 +62,35 @@ class TargetModel:
 
     def trim(self, num_tokens: int) -> None:
         """Forgets the last tokens, as after rejected drafts."""
+        del self._token_ids[max(len(self._token_ids) - num_tokens, 0) :]
         self.cache.trim(num_tokens)
 
     def clear(self) -> None:
         """Forgets every token."""
+        self._token_ids.clear()
         self.cache.clear()
+
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        """Makes the cache hold as many of the first of `token_ids` as is known of them, all but the last at most."""
+        reuse = reuse_rows(self.cache, self._known_ids(), self.parked, token_ids)
+        self._token_ids = list(token_ids[: reuse.num_tokens])
+        return reuse
+
+    def rows_of(self, token_ids: Sequence[int]) -> Parked:
+        """A copy of the rows of as many of the first of `token_ids` as are known, cached or parked."""
+        entries = [*self.parked.entries, Parked(self._known_ids(), self.cache.snapshot())]
+        kept = self.cache.kept_tokens
+        best = max(entries, key=lambda entry: entry.snapshot.usable_at(num_common(entry.token_ids, token_ids), kept))
+        snapshot = best.snapshot.cut(num_common(best.token_ids, token_ids), kept)
+        return Parked(list(token_ids[: snapshot.num_tokens]), snapshot)
+
+    def adopt(self, rows: Parked) -> None:
+        """Makes the cache hold rows that were copied before; parks its own."""
+        park(self.cache, self._known_ids(), self.parked)
+        self._token_ids = rows.token_ids[: self.cache.restore(rows.snapshot, len(rows.token_ids))]
+
+    def _known_ids(self) -> list[int]:
+        """Tokens whose rows are cached; none where others than `forward` put rows there."""
+        if len(self._token_ids) != self.cache.num_tokens:
+            self.clear()
+        return self._token_ids

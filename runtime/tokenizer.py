@@ -45,6 +45,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._bos_token_id = bos_token_id
         self._bytes_by_id = {id_: byte for id_, byte in bytes_by_id.items() if id_ is not None and id_ not in special}
+        self._special = {id_: token.content for id_, token in special.items()}
         self._special_start = re.compile(f"(?=(?:{'|'.join(contents) or '(?!)'})).", re.DOTALL)
 
     @classmethod
@@ -78,6 +79,14 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """What a token is called in the file, "" where there is none of this id."""
         return self._tokenizer.id_to_token(token_id) or ""
+
+    def special_token(self, token_id: int) -> str:
+        """The name of a special token, "" of any other."""
+        return self._special.get(token_id, "")
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token, None where the vocabulary has none of this name."""
+        return next((id_ for id_, token in self._special.items() if token == name), None)
 
     @property
     def vocab_size(self) -> int:

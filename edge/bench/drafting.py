@@ -9,6 +9,7 @@ import numpy as np
 from edge.bench.opened import OpenedArtifact, TokenIds, prefer, session_clock
 from runtime.drafting import DraftCounts, Drafter
 from runtime.generation import Target
+from runtime.prefix import Reuse
 from runtime.sampling import SamplingParams
 from runtime.target import Forward
 
@@ -69,9 +70,9 @@ class AssumedTarget:
         """Forgets the last tokens."""
         self._target.trim(num_tokens)
 
-    def clear(self) -> None:
-        """Forgets every token."""
-        self._target.clear()
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        """None: what is cached stays, and the rounds go on behind it."""
+        return Reuse(0, 0)
 
     def _draw(self, num_drafts: int) -> int:
         falls = np.flatnonzero(self._rng.random(num_drafts) >= self._acceptance)

@@ -15,6 +15,7 @@ from runtime.drafting import DraftCounts, Drafter
 from runtime.engine import Runtime
 from runtime.generation import Request, Target, generate_blocks
 from runtime.kv_rows import encode_rows
+from runtime.prefix import Reuse
 from runtime.sampling import SamplingParams
 from runtime.target import Forward
 
@@ -37,6 +38,17 @@ class TokenIds:
         places = np.arange(self._next, self._next + num_tokens) % len(self._ids)
         self._next += num_tokens
         return [int(token_id) for token_id in self._ids[places]]
+
+
+class BehindCached:
+    """The target, but a prompt goes on behind whatever is cached."""
+
+    def __init__(self, target: Target) -> None:
+        self.forward, self.trim = target.forward, target.trim
+
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        """None of a prompt's tokens are cached, and what is cached stays."""
+        return Reuse(0, 0)
 
 
 class OpenedArtifact:
@@ -132,7 +144,7 @@ class OpenedArtifact:
             prefill_chunk_tokens=self.chunk_tokens,
             **policy,
         )
-        return generate_blocks(target, drafter, request, self._rng, counts, lambda: False)
+        return generate_blocks(BehindCached(target), drafter, request, self._rng, counts, lambda: False)
 
 
 def drop_pages(descriptor: int) -> bool:
