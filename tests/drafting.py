@@ -9,6 +9,7 @@ import numpy.typing as npt
 from runtime.draft_policy import StepCosts
 from runtime.drafter import Draft
 from runtime.generation import DraftCounts, Drafter, Request, Target, generate_blocks
+from runtime.prefix import Reuse
 from runtime.sampling import SamplingParams, distribution
 from runtime.target import Forward
 
@@ -32,6 +33,9 @@ class RecordingTarget:
         self.token_ids += token_ids
         self.rows += list(forward.logits.copy())
         return forward
+
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        return self._target.reuse(token_ids)
 
     def trim(self, num_tokens: int) -> None:
         self._target.trim(num_tokens)

@@ -26,6 +26,13 @@ def open_runtime(folder: Path, profile: DeviceProfile = PROFILE) -> Runtime:
     return runtime
 
 
+def forget(runtime: Runtime) -> None:
+    """Makes the next generation begin as a fresh runtime's would."""
+    target = runtime._loaded.target  # type: ignore[union-attr]
+    target.clear()
+    target.parked.entries.clear()
+
+
 def greedy(runtime: Runtime, prompt: Sequence[int] = PROMPT, **options: Any) -> Generation:
     return runtime.generate(prompt, **({"max_tokens": NUM_TOKENS, "temperature": 0.0} | options))
 

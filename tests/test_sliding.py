@@ -13,7 +13,7 @@ import pytest
 from edge import Generation, InferenceError, RequestError, Runtime
 from runtime.layout import Layout
 from runtime.prompt_lookup import PromptLookup
-from tests.lasting import CONTEXT, PROFILE, Load, greedy, hooked, open_runtime
+from tests.lasting import CONTEXT, PROFILE, Load, forget, greedy, hooked, open_runtime
 from tests.layouts import each_layout
 
 SYSTEM = {"role": "system", "content": "def"}
@@ -57,6 +57,7 @@ class Chat:
             if len(prompt) >= context:
                 break
             num_tokens = min(max_tokens - num_generated, context - len(prompt))
+            forget(self.runtime)
             stretches.append(greedy(self.runtime, prompt, max_tokens=num_tokens, **options).token_ids)
             num_generated += num_tokens
         return stretches
@@ -145,6 +146,7 @@ def test_the_result_tells_a_full_context_from_max_tokens(chat: Chat, policy: str
 def test_an_end_where_the_context_is_full_slides_no_more(chat: Chat) -> None:
     first, *_ = chat.by_fresh_generations(1000)
     assert first[-1] not in first[:-1]
+    forget(chat.runtime)
     chat.runtime.manifest.generation["eos_token_ids"] = [first[-1]]
     made = chat.slide()
     assert (made.token_ids, made.finish_reason) == (first, "stop")
@@ -251,7 +253,9 @@ def test_what_is_prefilled_behind_a_slide_is_counted_as_such(chat: Chat) -> None
     lengths = [len(stretch) for stretch in chat.by_fresh_generations(1000)]
     starts = [0, lengths[0], lengths[0] + lengths[1]]
     left = sum(lengths)
-    assert stats.num_prefilled_tokens == sum(len(chat.kept(num, left - num)) + num for num in starts)
+    num_prompts = sum(len(chat.kept(num, left - num)) + num for num in starts)
+    assert stats.num_prefilled_tokens + stats.num_reused_tokens == num_prompts
+    assert 0 < stats.num_reused_tokens < stats.num_prefilled_tokens  # what stands before the first turn
     assert stats.num_verify_steps == sum(lengths) - 3
     assert stats.num_prompt_tokens == len(chat.prompt())
 
@@ -298,6 +302,7 @@ def test_ended_while_a_slide_is_prefilled(  # 70, 72
     chat: Chat, load: Load, plain: list[int], end: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (first, *_), num_prompt = chat.by_fresh_generations(1000), len(chat.prompt())
+    forget(chat.runtime)
     stream = chat.runtime.stream(chat.prompt(), temperature=0.0, num_draft_tokens=0, context_policy="slide")
     ends = {"runtime.cancel": chat.runtime.cancel, "runtime.close": chat.runtime.close}
     number = first_forward_behind_a_slide(chat) + chunk

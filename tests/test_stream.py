@@ -16,6 +16,8 @@ from tokenizers import decoders, models
 from runtime.drafter import Draft
 from runtime.errors import BusyError, ClosedError, InferenceError, RequestError
 from runtime.generation import Request
+from runtime.prefix import Reuse
+from runtime.response import ResponseScanner
 from runtime.sampling import SamplingParams
 from runtime.stream import Generation, GenerationRun, GenerationStream
 from runtime.target import Forward
@@ -68,8 +70,10 @@ class Script:
 
     def claim(self, run: GenerationRun) -> tuple["Script", "Script"]:
         self.run = run
-        self.cached = []
         return self, self
+
+    def release(self, run: GenerationRun) -> None:
+        assert run is self.run
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -89,6 +93,13 @@ class Script:
 
     def trim(self, num_tokens: int) -> None:
         del self.cached[len(self.cached) - num_tokens :]
+
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        self.cached.clear()
+        return Reuse(0, 0)
+
+    def clear(self) -> None:
+        self.cached.clear()
 
     # drafter
 
@@ -118,7 +129,7 @@ def stream(
     script: Script, *, num_drafts: int = 3, max_tokens: int = 40, stop: Sequence[str] = (), chunk: int = 64
 ) -> GenerationStream:
     request = Request(PROMPT, max_tokens, SamplingParams(temperature=0.0), num_drafts, chunk)
-    run = GenerationRun(script, request, np.random.default_rng(0), TOKENIZER, frozenset([EOS]), stop)  # type: ignore[arg-type]
+    run = GenerationRun(script, request, np.random.default_rng(0), frozenset([EOS]), ResponseScanner(TOKENIZER, stop))  # type: ignore[arg-type]
     return GenerationStream(run)
 
 

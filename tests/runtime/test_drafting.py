@@ -14,6 +14,7 @@ from runtime.drafter import Draft
 from runtime.drafting import AdaptiveDrafting, DraftCounts, LastingDrafter
 from runtime.errors import InferenceError
 from runtime.generation import Drafter, Request, generate_blocks
+from runtime.prefix import Reuse
 from runtime.sampling import Distribution, SamplingParams, distribution
 from runtime.target import Forward
 from tests.drafting import CHEAP_DRAFTS
@@ -41,6 +42,10 @@ class TextTarget:
 
     def trim(self, num_tokens: int) -> None:
         self.num_cached -= num_tokens
+
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        self.num_cached = 0
+        return Reuse(0, 0)
 
     def token(self, place: int) -> int:
         return self._text[place % len(self._text)]
@@ -197,6 +202,9 @@ class ChainTarget:
     def forward(self, token_ids: Sequence[int], num_kept: int) -> Forward:
         self.cached += token_ids
         return Forward(self.table[self.cached[-num_kept:]], np.zeros((num_kept, 1), np.float32))
+
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
+        return Reuse(0, 0)
 
     def trim(self, num_tokens: int) -> None:
         del self.cached[len(self.cached) - num_tokens :]

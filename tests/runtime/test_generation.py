@@ -9,6 +9,7 @@ import pytest
 from runtime.drafter import Draft
 from runtime.errors import InferenceError
 from runtime.generation import DraftCounts, Drafter, Request, generate_blocks
+from runtime.prefix import Reuse
 from runtime.sampling import Distribution, SamplingParams
 from runtime.target import Forward
 from runtime.turns import Sliding
@@ -57,8 +58,9 @@ class StubTarget:
     def trim(self, num_tokens: int) -> None:
         del self.cached[len(self.cached) - num_tokens :]
 
-    def clear(self) -> None:
+    def reuse(self, token_ids: Sequence[int]) -> Reuse:
         self.cached.clear()
+        return Reuse(0, 0)
 
 
 class StubDrafter:
