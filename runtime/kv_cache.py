@@ -67,7 +67,7 @@ class KVSnapshot:
 
     def usable_at(self, num_tokens: int, kept_tokens: int) -> int:
         """The most tokens, up to `num_tokens`, that a cache which keeps so many can be restored to."""
-        return max(window.usable_at(num_tokens, kept_tokens) for window in self.windows)
+        return max((window.usable_at(num_tokens, kept_tokens) for window in self.windows), default=0)
 
     def cut(self, num_tokens: int, kept_tokens: int) -> "KVSnapshot":
         """The snapshot of a cache that was rewound to `num_tokens`; shares its rows."""
@@ -217,12 +217,18 @@ class KVCache:
         own = sum(num_rows[kind] * int(array.shape[1]) for kind, _, array in self.arrays())
         return own + sum(window.nbytes for window in self._windows)
 
-    def snapshot(self) -> KVSnapshot:
-        """A copy of every row that is needed to go on, or to rewind as now."""
-        full = {name: array[: self.num_tokens].copy() for name, array in self._kinds["full"].arrays.items()}
-        first = max(0, self.num_tokens - self.kept_tokens - self._slack)
-        own = self._copied(first, self.num_tokens)
-        return KVSnapshot(self.num_tokens, full, (*self._windows, own))
+    def snapshot(self, num_tokens: int | None = None) -> KVSnapshot:
+        """A copy of every row that is needed to go on, or to rewind as now.
+
+        Args:
+            num_tokens: of the cache as it would be rewound to so many; None for all
+        """
+        left = self.rewindable_to(self.num_tokens if num_tokens is None else num_tokens)
+        full = {name: array[:left].copy() for name, array in self._kinds["full"].arrays.items()}
+        windows = _cut(self._windows, left, self.kept_tokens)
+        if self._holds_window_at(left):
+            windows.append(self._copied(max(0, left - self.kept_tokens - self._slack), left))
+        return KVSnapshot(left, full, tuple(windows))
 
     def restore(self, snapshot: KVSnapshot, num_tokens: int) -> int:
         """Becomes the cache that the snapshot is of, rewound to `num_tokens`; returns how many tokens it holds."""

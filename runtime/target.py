@@ -78,11 +78,11 @@ class TargetModel:
 
     def rows_of(self, token_ids: Sequence[int]) -> Parked:
         """A copy of the rows of as many of the first of `token_ids` as are known, cached or parked."""
-        entries = [*self.parked.entries, Parked(self._known_ids(), self.cache.snapshot())]
         kept = self.cache.kept_tokens
-        best = max(entries, key=lambda entry: entry.snapshot.usable_at(num_common(entry.token_ids, token_ids), kept))
-        snapshot = best.snapshot.cut(num_common(best.token_ids, token_ids), kept)
-        return Parked(list(token_ids[: snapshot.num_tokens]), snapshot)
+        live = self.cache.snapshot(num_common(self._known_ids(), token_ids))
+        parked = [entry.snapshot.cut(num_common(entry.token_ids, token_ids), kept) for entry in self.parked.entries]
+        best = max([live, *parked], key=lambda snapshot: snapshot.num_tokens)
+        return Parked(list(token_ids[: best.num_tokens]), best)
 
     def adopt(self, rows: Parked) -> None:
         """Makes the cache hold rows that were copied before; parks its own."""
