@@ -1,4 +1,4 @@
-"""Strict reading of manifest.json: plain values in, one-line ArtifactErrors that name the field out.
+"""Strict reading of JSON, and of manifest.json: plain values in, one-line ArtifactErrors that name the field out.
 
 Knows the shape of no field: `runtime.manifest` does.
 """
@@ -21,21 +21,33 @@ Choice = TypeVar("Choice", bound=str)
 _MAX_INTEGER = 2**63 - 1
 
 
+class JsonError(ValueError):
+    """What is wrong with a JSON text, worded to follow the name of its file."""
+
+
 def parse(content: bytes) -> object:
-    """The values of a JSON file: UTF-8 without BOM, no key twice, finite numbers only."""
+    """The values of manifest.json: UTF-8 without BOM, no key twice, finite numbers only."""
+    try:
+        return json_values(content)
+    except JsonError as fault:
+        raise ArtifactError(f"{MANIFEST}{fault}; {WAY_OUT}") from fault
+
+
+def json_values(content: bytes) -> object:
+    """The values of any JSON text, as strictly as `parse`; raises JsonError."""
     if content.startswith(b"\xef\xbb\xbf"):
-        raise ArtifactError(f"{MANIFEST} starts with a byte order mark, expected plain UTF-8; {WAY_OUT}")
+        raise JsonError(" starts with a byte order mark, expected plain UTF-8")
     try:
         text = content.decode()
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
-    except ArtifactError:
+    except JsonError:
         raise
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{MANIFEST} is not UTF-8 at byte {error.start:,}; {WAY_OUT}") from error
+        raise JsonError(f" is not UTF-8 at byte {error.start:,}") from error
     except RecursionError as error:
-        raise ArtifactError(f"{MANIFEST} is nested too deep to be a manifest; {WAY_OUT}") from error
+        raise JsonError(" is nested too deep to be read") from error
     except ValueError as error:
-        raise ArtifactError(f"{MANIFEST} is not JSON: {error}; {WAY_OUT}") from error
+        raise JsonError(f" is not JSON: {error}") from error
 
 
 def object_of(value: object, field: str, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -97,12 +109,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         [(name, times)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ArtifactError(f"{MANIFEST}: key {reprlib.repr(name)} is there {times} times, expected once; {WAY_OUT}")
+        raise JsonError(f": key {reprlib.repr(name)} is there {times} times, expected once")
     return value
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise bad_field("a number", text, "a finite one")
+    raise JsonError(f": a number is {reprlib.repr(text)}, expected a finite one")
 
 
 def _finite(text: str) -> float:
