@@ -110,7 +110,7 @@ def test_restored_equals_the_cache_of_the_snapshot(kv_dtype: KVDtype, data: st.D
 
 
 def test_a_cut_snapshot_holds_nothing_of_what_was_cut_off() -> None:
-    cache = fill(make_cache(max_new_tokens=60), 50)
+    cache = fill(make_cache(max_new_tokens=80), 50)
     fill(cache, 70, mark=1000)
     cut = cache.snapshot(50)
     assert cut.num_tokens == 50
@@ -132,9 +132,9 @@ def test_memory_follows_a_rewind() -> None:
 
 
 def test_a_snapshot_can_be_cut_as_far_as_its_window_reaches() -> None:
-    snapshot = fill(make_cache(max_new_tokens=60), 70).snapshot()
+    snapshot = fill(make_cache(max_new_tokens=80), 70).snapshot()
     kept = make_cache().kept_tokens
     assert [snapshot.cut(num, kept).num_tokens for num in (70, 70 - MARK_SLACK, 70 - MARK_SLACK - 1)] == [70, 62, 0]
-    other = make_cache(max_new_tokens=60)
+    other = make_cache(max_new_tokens=80)
     assert other.restore(snapshot.cut(64, kept), 100) == 64
     assert_goes_on_alike(other, 64)
