@@ -64,8 +64,8 @@ class SessionError(EdgeError):
 class ToolCallError(EdgeError):
     """The model wrote a tool call that is none, or whose arguments do not fit; `raw` is what it wrote."""
 
-    def __init__(self, message: str, raw: str) -> None:
-        super().__init__(f"{message}: {reprlib.repr(raw)}")
+    def __init__(self, message: str, raw: str = "") -> None:
+        super().__init__(f"{message}: {reprlib.repr(raw)}" if raw else message)
         self.raw = raw
 
 

@@ -4,7 +4,7 @@ Source: transformers 5.24 `cli/serving/utils.py`, the response template of gemma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from runtime.errors import ToolCallError
@@ -106,7 +106,7 @@ class ResponseScanner:
         if self._region == "call" and token_id == form.call_end:
             raw = self._raw + self._stream.finish()
             self._region = "text"
-            self.tool_calls.append(parse_tool_call(raw))
+            self.tool_calls.append(replace(parse_tool_call(raw), id=f"call_{len(self.tool_calls)}"))
             return []
         return None
 

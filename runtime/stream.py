@@ -263,9 +263,8 @@ class GenerationRun:
                 self._reason = "stop"
                 break
             if len(self._token_ids) == self._request.max_tokens:
-                self._reason = "length"
-        if self._request.constraint is not None and self._request.constraint.is_complete:
-            self._reason = "stop"
+                constraint = self._request.constraint
+                self._reason = "stop" if constraint is not None and constraint.is_complete else "length"
         return parts
 
     def _rest(self) -> list[Part]:
