@@ -201,7 +201,7 @@ class KVCache:
             self._install(next(window for window in self._windows if window.usable_at(left, self.kept_tokens) == left))
         self.num_tokens, self._num_trimmable = left, 0
         self._marks = [mark for mark in self._marks if mark <= left]
-        self._windows = _cut(self._windows, left, self.kept_tokens)
+        self._keep_windows(self._windows)
         self._release_behind(max(left, KEPT_TOKENS))
         return left
 
@@ -240,10 +240,9 @@ class KVCache:
         for name, rows in snapshot.full.items():
             full.arrays[name][:left] = rows[:left]
         full.num_written = max(full.num_written, left)
-        self._windows = list(snapshot.windows)
-        self._install(next(window for window in self._windows if window.usable_at(left, self.kept_tokens) == left))
-        self._windows = _cut(self._windows, left, self.kept_tokens)
+        self._install(next(window for window in snapshot.windows if window.usable_at(left, self.kept_tokens) == left))
         self.num_tokens = left
+        self._keep_windows(snapshot.windows)
         return left
 
     def _holds_window_at(self, num_tokens: int) -> bool:
@@ -256,6 +255,15 @@ class KVCache:
             sliding.arrays[name][:num_rows] = rows[:num_rows]
         sliding.first_position = window.first
         sliding.num_written = max(sliding.num_written, num_rows)
+
+    def _keep_windows(self, windows: Iterable[Window]) -> None:
+        """Keeps what the sliding layers' own rows do not hold; where these do, a mark."""
+        windows = _cut(windows, self.num_tokens, self.kept_tokens)
+        first_position = self._kinds["sliding"].first_position
+        self._windows = [window for window in windows if window.first < first_position][-MAX_WINDOWS:]
+        for window in windows:
+            if window.first >= first_position:
+                self.mark(window.stop)
 
     def _copied(self, first: int, stop: int) -> Window:
         """Copies rows of the sliding layers, as many of [first, stop) as there are."""

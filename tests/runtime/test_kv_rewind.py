@@ -138,3 +138,20 @@ def test_a_snapshot_can_be_cut_as_far_as_its_window_reaches() -> None:
     other = make_cache(max_new_tokens=80)
     assert other.restore(snapshot.cut(64, kept), 100) == 64
     assert_goes_on_alike(other, 64)
+
+
+def test_snapshots_of_restored_caches_do_not_grow() -> None:
+    cache = make_cache(max_new_tokens=20)
+    for mark in (40, 80, 120):
+        fill(cache, mark)
+        cache.mark(mark)
+    snapshot = fill(cache, 200).snapshot()
+    for _ in range(3):
+        other = make_cache(max_new_tokens=20)
+        other.restore(snapshot, 200)
+        again = other.snapshot()
+        assert [(window.first, window.stop) for window in again.windows] == [
+            (window.first, window.stop) for window in snapshot.windows
+        ]
+        assert [other.rewindable_to(mark) for mark in (40, 80, 120)] == [40, 80, 120]
+        snapshot = again
