@@ -84,9 +84,9 @@ def _open(folder: Path, manifest: Manifest, profile: DeviceProfile, plan: Memory
     if manifest.drafter is not None and plan.has_drafter:
         session = _open_graph(folder / DRAFTER, profile, layout, drafter_signature(manifest.drafter, layout))
         drafter = DrafterModel(session, manifest.drafter, target)
-    target.parked.max_bytes = plan.parked_bytes
+    target.parked.max_bytes, target.parked.spare_bytes = plan.parked_bytes, plan.budget_bytes - plan.peak_bytes
     form = ResponseFormat.of(tokenizer)
-    constraints = Constraints(folder / TOKENIZER, model, form)
+    constraints = Constraints(folder / TOKENIZER, model, form, target.parked)
     return Loaded(target, drafter, tokenizer, Prompts(template, tokenizer, form), constraints)
 
 

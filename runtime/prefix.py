@@ -33,15 +33,28 @@ class Parked:
 
 @dataclass(slots=True)
 class ParkedRows:
-    """Copies of rows, `max_bytes` at most and at most `MAX_PARKED`; what was used longest ago goes first."""
+    """Copies of rows, `max_bytes` at most and at most `MAX_PARKED`; what was used longest ago goes first.
+
+    `spare_bytes` is all that the memory budget leaves, also for others.
+    """
 
     max_bytes: int = 0
+    spare_bytes: int = 0
     entries: list[Parked] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all copies."""
         return sum(entry.snapshot.nbytes for entry in self.entries)
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Leaves so many of the spare bytes to somebody else for good; False where there are not so many."""
+        if num_bytes > self.spare_bytes:
+            return False
+        self.spare_bytes -= num_bytes
+        self.max_bytes = min(self.max_bytes, self.spare_bytes)
+        self.make_room(0)
+        return True
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether a copy of so many bytes may be kept, once others have gone."""

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edge import RequestError, Runtime
+from edge import MemoryBudgetError, RequestError, Runtime
 from runtime.grammar import choice, json_object, json_schema, lark, regex
 from tests.json_schemas import random_schemas
 from tests.lasting import PROFILE
@@ -118,3 +118,13 @@ def test_thoughts_stand_before_a_document(runtime: Runtime) -> None:
 def test_grammars_that_are_none(runtime: Runtime, grammar: Callable[[], Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         runtime.chat(MESSAGES, grammar=grammar())
+
+
+def test_a_budget_without_room_for_the_compiler(demo_artifact: Callable[..., Path]) -> None:
+    folder = demo_artifact(4, "native")
+    with Runtime.load(folder, profile=PROFILE) as runtime:
+        least = runtime.plan.peak_bytes
+    with Runtime.load(folder, profile=PROFILE, memory_budget=least + 1000) as runtime:
+        with pytest.raises(MemoryBudgetError, match=r"structured output needs 2 MiB beside the plan, .* leaves 0 MiB"):
+            runtime.chat(MESSAGES, grammar=choice(["x"]))
+        assert runtime.chat(MESSAGES, max_tokens=3).text
