@@ -21,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""
-        sys.exit(_fail(self.prog, f"{message}; see {self.prog} --help"))
+        sys.exit(report_error(self.prog, f"{message}; see {self.prog} --help"))
 
 
 def run_command(name: str, body: Callable[[], None]) -> int:
@@ -33,19 +33,19 @@ def run_command(name: str, body: Callable[[], None]) -> int:
         body()
         print(end="", flush=True)  # here, where it can still be told that the disk is full
     except (EdgeError, ProfileError) as error:
-        return _fail(name, str(error))
+        return report_error(name, str(error))
     except BrokenPipeError:
         _drop_output()
         return EXIT_ERROR  # the reader of our output has gone; say nothing
     except OSError as error:
         _drop_output()
-        return _fail(name, f"{error.filename or 'input/output'}: {error.strerror or error}")
+        return report_error(name, f"{error.filename or 'input/output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        _fail(name, "interrupted")
+        report_error(name, "interrupted")
         return EXIT_INTERRUPTED
     except SystemExit as ending:
         if ending.code == EXIT_TERMINATED:
-            _fail(name, "terminated")
+            report_error(name, "terminated")
         raise
     return 0
 
@@ -58,7 +58,8 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(name: str, message: str) -> int:
+def report_error(name: str, message: str) -> int:
+    """Prints one line on standard error; returns the exit code."""
     line = " ".join(message.split())
     print(f"{name}: {line[:MAX_LINE_CHARS]}", file=sys.stderr)
     return EXIT_ERROR
