@@ -33,8 +33,13 @@ RUNTIME_FILES = sorted(
         "runtime/**/*.py",
         "profiles/**/*.py",
         "edge/__init__.py",
+        "edge/chat_cli.py",
+        "edge/chat_commands.py",
         "edge/command.py",
         "edge/generate_cli.py",
+        "edge/generation_arguments.py",
+        "edge/terminal.py",
+        "edge/examples/*.py",
         "edge/bench/*.py",
     )
     for file in ROOT.glob(pattern)

@@ -1,0 +1,1 @@
+"""Small programs that embed the runtime, to read and to copy from."""
