@@ -245,6 +245,14 @@ class Typist:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C a moment after the prompt: Python's line editor misses what comes just before it begins to wait."""
+        self.expect("> ")
+        self.type("x")
+        self.expect("x")
+        time.sleep(0.3)
+        self.type("\x03")
+
     def expect(self, pattern: str) -> str:
         """What the chat shows up to where this matches."""
         deadline = time.monotonic() + 60
@@ -303,12 +311,11 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(typist: Typist) -> None:
 
 
 def test_ctrl_c_twice_where_there_is_no_answer_ends_the_chat(typist: Typist) -> None:
-    typist.expect("> ")
-    typist.type("dropped\x03")
+    typist.interrupt_prompt()
     typist.expect("Ctrl-C again, or Ctrl-D, ends the chat\r\n> ")
     typist.type("/undo\n")
-    typist.expect("no user's message to undo\r\n> ")
-    typist.type("\x03")
-    typist.expect("Ctrl-C again, or Ctrl-D, ends the chat\r\n> ")
-    typist.type("\x03")
+    typist.expect("no user's message to undo\r\n")
+    typist.interrupt_prompt()
+    typist.expect("Ctrl-C again, or Ctrl-D, ends the chat\r\n")
+    typist.interrupt_prompt()
     assert typist.finish() == 0
