@@ -5,6 +5,7 @@ import io
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -92,10 +93,11 @@ def _turn(chat: Chat, terminal: Terminal, interrupts: "_Interrupts") -> bool:
 
 
 def _answer(chat: Chat, terminal: Terminal, interrupts: "_Interrupts", message: str) -> None:
-    with chat.stream(message) as stream:
+    # another thread draws: signals are served by this one, which would be in a forward else
+    with ThreadPoolExecutor(1) as drawing, chat.stream(message) as stream:
         interrupts.stream = stream
         try:
-            for piece in stream:
+            while (piece := drawing.submit(next, stream, None).result()) is not None:
                 terminal.piece(piece)
         finally:
             interrupts.stream = None

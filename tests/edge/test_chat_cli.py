@@ -5,8 +5,10 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from edge import chat_cli
 from edge.terminal import DIM, PLAIN, Entry, Terminal
 from runtime.response import Piece
+from runtime.stream import GenerationStream
 from tests.commands import Capture, assert_fails, run
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +213,31 @@ def test_what_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Ctrl-C
+
+
+def test_ctrl_c_does_not_wait_for_the_forward(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_cancelled = threading.Event()
+    draw = GenerationStream.__next__
+
+    def long_forward(stream: GenerationStream) -> Piece:
+        is_in_forward.set()
+        assert is_cancelled.wait(30)
+        return draw(stream)
+
+    def interrupt() -> None:
+        assert is_in_forward.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    is_in_forward = threading.Event()
+    monkeypatch.setattr(GenerationStream, "__next__", long_forward)
+    monkeypatch.setattr(GenerationStream, "cancel", lambda stream: (stream._run.cancel(), is_cancelled.set()))
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code, out, err = script("Hello\n/switch\n")
+    thread.join()
+    assert (code, err) == (0, "")
+    assert out == "[cancelled before it began; the message is not kept]\n* 1: 0 messages\n"
+
 
 # The chat with a model that knows no end: an answer is as long as the context.
 ENDLESS = """if True:
