@@ -4,6 +4,7 @@ import os
 import sys
 import unicodedata
 from dataclasses import dataclass
+from typing import TextIO
 
 from runtime.response import Piece, PieceKind
 
@@ -23,8 +24,8 @@ class Terminal:
     """Standard input and output. Without a terminal there are no prompts, and marks instead of dimmed text."""
 
     def __init__(self) -> None:
-        self._is_shown = sys.stdout.isatty()
-        self.is_interactive = sys.stdin.isatty() and self._is_shown
+        self._is_shown = _is_terminal(sys.stdout)
+        self.is_interactive = _is_terminal(sys.stdin) and self._is_shown
         self._is_dimming = self._is_shown and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._kind: PieceKind = "text"
         self._is_line_open = False
@@ -59,8 +60,11 @@ class Terminal:
         self._write(f"{DIM}{text}{PLAIN}\n" if self._is_dimming else f"{text}\n")
 
     def _line(self, prompt: str) -> str | None:
+        if not self.is_interactive:
+            line = sys.stdin.readline() if sys.stdin is not None else ""  # None where it was closed
+            return line.removesuffix("\n") if line else None
         try:
-            return input(prompt if self.is_interactive else "")
+            return input(prompt)
         except EOFError:
             return None
 
@@ -87,6 +91,10 @@ class Terminal:
         print(text, end="", flush=True)
         if text not in ("", DIM, PLAIN):
             self._is_line_open = not text.endswith("\n")
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _edit_lines() -> None:

@@ -168,6 +168,14 @@ def test_what_cannot_be_started(artifact: Path, options: list[str], match: str, 
     assert_fails(chat_cli.main, ["/none"], "^edge-chat: /none", capfd)
 
 
+@pytest.mark.parametrize(("redirection", "code"), [("<&-", 0), ("</dev/null >&-", 0), ("2>&1 >/dev/full", 1)])
+def test_standard_streams_that_are_not_there(artifact: Path, redirection: str, code: int) -> None:
+    command = f"echo /help | {{ '{sys.executable}' -m edge.chat_cli '{artifact}' {redirection}; }}"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (code, "")
+    assert result.stdout == ("edge-chat: input/output: No space left on device\n" if code else "")
+
+
 # Dimmed thoughts
 
 
