@@ -134,8 +134,8 @@ def test_thinking_is_switched(script: Script) -> None:
     [
         ("/nonsense", "unknown command /nonsense; /help lists them"),
         ("/save", "/save needs FILE"),
-        ("/save /none/chat", "/none/chat: cannot be written: No such file or directory"),
-        ("/load /none", "/none: "),
+        ("/save /none/chat", "/none/chat: /none is not a folder; create it or save elsewhere"),
+        ("/load /none", "/none cannot be read: No such file"),
         ("/undo", "the conversation has no user's message to undo"),
         ("/quit now", "/quit takes nothing behind it, got 'now'"),
         ("word " * 2000, "the prompt has [0-9,]+ tokens"),
@@ -158,7 +158,7 @@ def test_help_lists_every_command(script: Script) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--resume", "/none"], "^edge-chat: /none: "),
+        (["--resume", "/none"], "^edge-chat: /none cannot be read: "),
         (["--resume", "a", "--system", "b"], "argument --system: not allowed with argument --resume"),
         (["--profile", "labtop"], "unknown profile 'labtop'"),
     ],
