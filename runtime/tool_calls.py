@@ -96,7 +96,7 @@ class _Reader:
 
     def value(self, depth: int) -> Any:
         self.space()
-        if depth >= MAX_DEPTH:
+        if depth >= MAX_DEPTH and self.raw.startswith(("{", "["), self.place):
             self.fail(f"at most {MAX_DEPTH} levels")
         if self.raw.startswith("{", self.place):
             return self.object(depth + 1)
