@@ -6,7 +6,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.demo.save import CHAT_TEMPLATE
@@ -70,12 +70,14 @@ EXPECTED = special_ids(lambda: f"x{next(numbers)}")
 NUM_SAID = next(numbers)
 
 
+@settings(deadline=None)
 @given(st.lists(texts, min_size=NUM_SAID, max_size=NUM_SAID))
 def test_special_tokens_are_the_templates_whatever_is_said(said: list[str]) -> None:
     unique = iter([f"{text}x{place}{text}" for place, text in enumerate(said)])  # keys must not fall together
     assert special_ids(lambda: next(unique)) == EXPECTED
 
 
+@settings(deadline=None)
 @given(texts)
 def test_what_is_said_is_there_as_text(text: str) -> None:
     ids = PROMPTS.chat_ids([{"role": "user", "content": f"({text})"}])

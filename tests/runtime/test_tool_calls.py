@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 from transformers.utils.chat_parsing import parse_response
@@ -128,12 +128,14 @@ def test_the_most_levels_and_the_longest_number_are_read() -> None:
     assert parse_tool_call(f"call:f{{a:{digits}}}").arguments == {"a": int(digits)}
 
 
+@settings(deadline=None)
 @given(arguments_of(texts, texts))
 def test_a_call_that_was_written_is_read_back(arguments: dict[str, Any]) -> None:
     read = parse_tool_call("call:f" + written(arguments)).arguments
     assert json.dumps(read) == json.dumps(arguments)  # as 1 == 1.0 == True
 
 
+@settings(deadline=None)
 @given(arguments_of(st.from_regex(r"\A[a-zA-Z_0-9]{1,8}\Z"), plain_texts))
 def test_transformers_reads_the_same(arguments: dict[str, Any]) -> None:
     raw = "call:f" + written(arguments)
@@ -155,12 +157,14 @@ def check(raw: str) -> None:
 marks = st.sampled_from(["call:", "f", "{", "}", "[", "]", ":", ",", QUOTE, '"', "\\", "\\u", "a", "1", "-", ".", "e9"])
 
 
+@settings(deadline=None)
 @given(st.lists(marks | st.text(max_size=2), max_size=30).map("".join))
 def test_any_text_is_a_call_or_refused(text: str) -> None:
     check(text)
     check("call:f{" + text)
 
 
+@settings(deadline=None)
 @given(arguments_of(texts, texts), st.data())
 def test_a_call_with_a_change_is_a_call_or_refused(arguments: dict[str, Any], data: st.DataObject) -> None:
     raw = "call:f" + written(arguments)

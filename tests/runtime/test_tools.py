@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Optional
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.demo.save import CHAT_TEMPLATE
@@ -322,6 +322,7 @@ schemas = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(schemas)
 def test_any_schema_renders_or_is_refused_and_normalizing_twice_changes_nothing(schema: Any) -> None:
     try:
