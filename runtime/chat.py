@@ -27,13 +27,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from runtime.errors import ArtifactError, RequestError
+from runtime.errors import ArtifactError, RequestError, shown
 
 MAX_CHARS = 4 * 1024 * 1024  # of the prompt, and of every text or list on the way to it
 MAX_STEPS = 1_000_000  # a call is one, a loop's iteration two; Gemma's template takes some ten per message
 MAX_SECONDS = 5.0
 MAX_INT_BITS = 64
 MAX_INDENT = 16
+MAX_DEPTH = 80  # of lists and mappings in a message
+LEVELS_AROUND_ARGUMENTS = 4  # the message, its calls, a call and its function
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 FILTERS = (
@@ -113,17 +115,21 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         RequestError: a message is not of the form that Gemma 4's template reads.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError(f"messages must be a list of at least one mapping, got {messages!r:.40}")
+        raise RequestError(f"messages must be a list of at least one mapping, got {shown(messages)}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise RequestError(f"message {index} must be a mapping with role and content, got {message!r:.40}")
+            raise RequestError(f"message {index} must be a mapping with role and content, got {shown(message)}")
         if not isinstance(message.get("role"), str):
-            raise RequestError(f"message {index}: role must be a string, got {message.get('role')!r:.40}")
+            raise RequestError(f"message {index}: role must be a string, got {shown(message.get('role'))}")
         if message["role"] not in ROLES:
-            raise RequestError(f"message {index}: role {message['role']!r:.40} is unknown; use {', '.join(ROLES)}")
+            raise RequestError(f"message {index}: role {shown(message['role'])} is unknown; use {', '.join(ROLES)}")
+        if _is_deeper(message, MAX_DEPTH):
+            raise RequestError(
+                f"message {index} is nested more than {MAX_DEPTH} levels deep; send what it holds as text"
+            )
     try:
-        copy: list[dict[str, Any]] = json.loads(json.dumps([dict(message) for message in messages]))
-    except (TypeError, ValueError, RecursionError) as error:
+        copy: list[dict[str, Any]] = json.loads(json.dumps([dict(message) for message in messages], allow_nan=False))
+    except (TypeError, ValueError) as error:
         raise RequestError(f"messages must hold JSON values only: {error}") from error
     calls: dict[str, str] = {}
     for index, message in enumerate(copy):
@@ -140,6 +146,14 @@ def guarded(value: Any, literal: Callable[[str], str]) -> Any:
     return [guarded(one, literal) for one in value] if isinstance(value, list | tuple) else value
 
 
+def _is_deeper(value: Any, num_levels: int) -> bool:
+    if not isinstance(value, Mapping | list | tuple):
+        return False
+    return num_levels == 0 or any(
+        _is_deeper(one, num_levels - 1) for one in (value.values() if isinstance(value, Mapping) else value)
+    )
+
+
 def _check_message(message: dict[str, Any], index: int, calls: dict[str, str]) -> None:
     """Brings a message into the form that templates read; `calls` holds the ids of the last calls and their names."""
     role, is_model = message["role"], message["role"] in ("assistant", "model")
@@ -151,11 +165,13 @@ def _check_message(message: dict[str, Any], index: int, calls: dict[str, str]) -
     else:
         message.pop("tool_calls", None)
     for key in ("reasoning_content", "tool_call_id", "name"):
-        if not isinstance(message.get(key, ""), str):
-            raise RequestError(f"message {index}: {key} must be a string, got {message[key]!r:.40}")
+        if message.get(key) is None:
+            message.pop(key, None)
+        elif not isinstance(message[key], str):
+            raise RequestError(f"message {index}: {key} must be a string, got {shown(message[key])}")
     if role == "tool":
         if (id_ := message.get("tool_call_id")) is not None and id_ not in calls:
-            raise RequestError(f"message {index}: no call before it has the id {id_!r:.40}; answer one of the model's")
+            raise RequestError(f"message {index}: no call before it has the id {shown(id_)}; answer one of the model's")
         message.setdefault("name", calls.get(message.get("tool_call_id", ""), "unknown"))
     else:
         calls.clear()
@@ -169,12 +185,12 @@ def _content(message: Mapping[str, Any], index: int) -> str:
     if content is None and message.get("tool_calls"):
         return ""
     if not isinstance(content, list):
-        raise RequestError(f"message {index}: content must be a string, got {content!r:.40}")
+        raise RequestError(f"message {index}: content must be a string, got {shown(content)}")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RequestError(
-                f"message {index}: content holds {part!r:.40}, expected parts of type 'text'; images and audio are not "
-                "there yet"
+                f"message {index}: content holds {shown(part)}, expected parts of type 'text'; "
+                "images and audio are not there yet"
             )
     return "".join(part["text"] for part in content)
 
@@ -182,25 +198,34 @@ def _content(message: Mapping[str, Any], index: int) -> str:
 def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
     """Calls with their arguments as mappings."""
     if not isinstance(calls, list):
-        raise RequestError(f"message {index}: tool_calls must be a list, got {calls!r:.40}")
-    made = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        function = function if isinstance(function, dict) else {}
-        name, arguments = function.get("name"), function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                arguments = None
-        if not isinstance(name, str) or not isinstance(arguments, dict) or not isinstance(call.get("id", ""), str):
-            raise RequestError(
-                f"message {index}: tool_calls holds {call!r:.60}, expected {{'function': {{'name': text, 'arguments': "
-                "mapping}}}"
-            )
-        id_ = {"id": call["id"]} if "id" in call else {}
-        made.append({**id_, "type": "function", "function": {"name": name, "arguments": arguments}})
-    return made
+        raise RequestError(f"message {index}: tool_calls must be a list, got {shown(calls)}")
+    return [_tool_call(call, index) for call in calls]
+
+
+def _tool_call(call: Any, index: int) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
+    arguments = _arguments(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise RequestError(
+            f"message {index}: tool_calls holds {shown(call)}, expected "
+            "{'function': {'name': text, 'arguments': mapping or JSON text}}"
+        )
+    id_ = call.get("id")
+    if not isinstance(id_, str | None):
+        raise RequestError(f"message {index}: the id of a tool call must be a string, got {shown(id_)}")
+    own = {} if id_ is None else {"id": id_}
+    return {**own, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _arguments(text: str) -> Any:
+    """Arguments that came as JSON text; None where they are none."""
+    try:
+        value = json.loads(text or "{}")
+        json.dumps(value, allow_nan=False)  # 1e999 and NaN are read, but are no JSON
+    except (ValueError, RecursionError):
+        return None
+    return None if _is_deeper(value, MAX_DEPTH - LEVELS_AROUND_ARGUMENTS) else value
 
 
 def _place(error: BaseException) -> str:

@@ -96,7 +96,7 @@ class _Reader:
 
     def value(self, depth: int) -> Any:
         self.space()
-        if depth >= MAX_DEPTH:
+        if depth >= MAX_DEPTH and self.raw.startswith(("{", "["), self.place):
             self.fail(f"at most {MAX_DEPTH} levels")
         if self.raw.startswith("{", self.place):
             return self.object(depth + 1)
@@ -143,6 +143,7 @@ class _Reader:
             return None
         try:
             text: str = json.loads(match[0])
+            text.encode()  # \ud800 alone is JSON, but no text that a prompt could hold
         except ValueError:
             self.fail("a JSON string")
         self.place = match.end()
@@ -152,8 +153,8 @@ class _Reader:
         match = _NUMBER.match(self.raw, self.place)
         if match is None or len(match[0]) > MAX_NUMBER_CHARS:
             self.fail("a value")
-        number = int(match[0]) if match[1] is None and match[2] is None else float(match[0])
-        if not math.isfinite(number):
+        is_integer = match[1] is None and match[2] is None
+        if not is_integer and not math.isfinite(float(match[0])):
             self.fail("a finite number")
         self.place = match.end()
-        return number
+        return int(match[0]) if is_integer else float(match[0])

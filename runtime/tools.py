@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from runtime.errors import RequestError, ToolCallError
+from runtime.errors import RequestError, ToolCallError, shown
 from runtime.tool_calls import NAME, ToolCall
 
 MAX_DEPTH = 64
@@ -28,7 +28,8 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
-
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+DATA = ("enum", "const", "default", "examples")  # keywords that hold values, not schemas
 
 _ARGS_SECTION = re.compile(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", re.MULTILINE)
 # a name, perhaps a type, and what is said of it, on further lines too where these are indented more
@@ -54,7 +55,7 @@ ToolLike = Callable[..., Any] | Mapping[str, Any] | Tool
 def tools_of(values: Sequence[Any]) -> tuple[Tool, ...]:
     """Tools from functions and schemas; raises RequestError where one is not usable or a name is there twice."""
     if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
-        raise RequestError(f"tools must be a list of functions or JSON schemas, got {values!r:.40}")
+        raise RequestError(f"tools must be a list of functions or JSON schemas, got {shown(values)}")
     tools = tuple(map(tool_of, values))
     names = [tool.name for tool in tools]
     for name in names:
@@ -70,7 +71,7 @@ def tool_of(value: Any) -> Tool:
     if isinstance(value, Mapping):
         return Tool(_checked_schema(value))
     if not callable(value):
-        raise RequestError(f"a tool must be a function or a JSON schema, got {value!r:.40}")
+        raise RequestError(f"a tool must be a function or a JSON schema, got {shown(value)}")
     return Tool(_function_schema(value), value)
 
 
@@ -84,7 +85,7 @@ def check_arguments(tool: Tool, call: ToolCall) -> None:
             raise ToolCallError(f"{tool.name}: argument {name} is missing", raw)
     for name, value in call.arguments.items():
         if name not in properties:
-            raise ToolCallError(f"{tool.name}: there is no argument {name!r:.40}", raw)
+            raise ToolCallError(f"{tool.name}: there is no argument {shown(name)}", raw)
         _check_value(tool, name, value, properties[name], raw)
 
 
@@ -97,15 +98,16 @@ def result_of(tools: Sequence[Tool], call: ToolCall) -> str:
         check_arguments(tool, call)
         return result_text(tool.function(**call.arguments))
     except Exception as error:  # whatever a user's function raises
-        return f"error: {type(error).__name__}: {error}"
+        text = f"error: {type(error).__name__}: {error}"
+        return text.encode(errors="backslashreplace").decode()  # a path that is no Unicode, and so no prompt either
 
 
 def result_text(value: Any) -> str:
     """A result as text: text as it is, else JSON; raises RequestError where it is neither."""
-    if isinstance(value, str):
-        return value
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"a tool's result must be text or JSON: {error}") from error
 
@@ -115,9 +117,11 @@ def _check_value(tool: Tool, name: str, value: Any, schema: Mapping[str, Any], r
     is_number_as_bool = isinstance(value, bool) and bool not in expected and object not in expected
     is_null = value is None and schema.get("nullable") is True
     if not is_null and (is_number_as_bool or not isinstance(value, expected)):
-        raise ToolCallError(f"{tool.name}: argument {name} is {value!r:.40}, expected {schema['type']}", raw)
-    if "enum" in schema and value not in schema["enum"]:
-        raise ToolCallError(f"{tool.name}: argument {name} is {value!r:.40}, expected one of {schema['enum']}", raw)
+        raise ToolCallError(f"{tool.name}: argument {name} is {shown(value)}, expected {schema['type']}", raw)
+    if not is_null and "enum" in schema and value not in schema["enum"]:
+        raise ToolCallError(
+            f"{tool.name}: argument {name} is {shown(value)}, expected one of {shown(schema['enum'])}", raw
+        )
 
 
 # JSON schemas
@@ -127,25 +131,28 @@ def _checked_schema(value: Mapping[str, Any]) -> dict[str, Any]:
     plain = _plain(value)
     function = plain["function"] if plain.get("type") == "function" and "function" in plain else plain
     if not isinstance(function, dict):
-        raise RequestError(f"tool: function is {function!r:.40}, expected an object with a name")
+        raise RequestError(f"tool: function is {shown(function)}, expected an object with a name")
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise RequestError(
-            f"tool: name is {name!r:.40}, expected up to 128 letters, digits, _, - and ., the first no digit"
+            f"tool: name is {shown(name)}, expected up to 128 letters, digits, _, - and ., the first no digit"
         )
-    description = function.get("description", "")
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    description = "" if function.get("description") is None else function["description"]
+    parameters = {} if function.get("parameters") is None else function["parameters"]
     if not isinstance(description, str) or not isinstance(parameters, dict):
         raise RequestError(f"tool {name}: description must be text and parameters a JSON schema")
     if parameters.get("type", "object") != "object":
-        raise RequestError(f"tool {name}: parameters has type {parameters.get('type')!r:.40}, expected 'object'")
-    described = {"name": name, "description": description, "parameters": _normalized(parameters, name)}
+        raise RequestError(f"tool {name}: parameters has type {shown(parameters.get('type'))}, expected 'object'")
+    _refuse_references(parameters, name)
+    properties = parameters["properties"] if isinstance(parameters.get("properties"), dict) else {}
+    normalized = _normalized({**parameters, "type": "object", "properties": properties})
+    described = {"name": name, "description": description, "parameters": normalized}
     return {"type": "function", "function": described}
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(dict(value), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise RequestError(f"a tool's schema must be plain JSON of at most {MAX_DEPTH} levels: {reason}") from error
@@ -166,56 +173,99 @@ def _depth(text: str) -> int:
     return most
 
 
-def _normalized(schema: Any, tool: str) -> dict[str, Any]:
+def _refuse_references(schema: Any, tool: str) -> None:
+    """Raises RequestError where a schema refers to another; a property may have such a name, its value is no text."""
+    if isinstance(schema, list):
+        for one in schema:
+            _refuse_references(one, tool)
+    elif isinstance(schema, dict):
+        for key, one in schema.items():
+            if key in REFERENCES and isinstance(one, str):
+                raise RequestError(f"tool {tool}: {key} is not resolved here; write the schema in place")
+            if key not in DATA:
+                _refuse_references(one, tool)
+
+
+def _normalized(schema: Any) -> dict[str, Any]:
     """A schema with one type, a string, here and in all that it holds."""
     if not isinstance(schema, dict):
         return {"type": "string"}  # true, false, or what is no schema
-    if "$ref" in schema or "$dynamicRef" in schema:
-        raise RequestError(f"tool {tool}: $ref is not resolved here; write the schema in place")
-    own = {key: value for key, value in schema.items() if key not in ("anyOf", "oneOf", "allOf")}
+    own = {key: value for key, value in schema.items() if key not in ("anyOf", "oneOf", "allOf", "const", "enum")}
+    if values := _values(schema):
+        own["enum"] = values
+    if not isinstance(own.get("description", ""), str):
+        del own["description"]
+    if own.get("nullable") is not True:
+        own.pop("nullable", None)
     kinds = _kinds(schema)
-    own["type"] = next((kind for kind in kinds if kind != "null"), "null" if kinds else _guessed(schema))
-    if "null" in kinds and len(kinds) > 1:
+    own["type"] = next((kind for kind in kinds if kind != "null"), "null")
+    if own["type"] != "null" and ("null" in kinds or None in values):
         own["nullable"] = True
-    branch = _only_branch(schema)
-    own = {**_normalized(branch, tool), **own} if branch is not None else own
-    if isinstance(own.get("properties"), dict):
-        own["properties"] = {name: _normalized(value, tool) for name, value in own["properties"].items()}
-    else:
-        own.pop("properties", None)
-    if "items" in own:
-        own["items"] = _normalized(own["items"], tool)
-    required = own.get("required")
-    own["required"] = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
-    return own if own["required"] else {key: value for key, value in own.items() if key != "required"}
+    own = _with_parts(own)
+    for branch in _binding(schema):
+        own = _both(own, _normalized(branch))
+    return own
 
 
-def _branches(schema: Mapping[str, Any]) -> list[Any]:
-    return [one for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list) for one in schema[key]]
+def _with_parts(own: dict[str, Any]) -> dict[str, Any]:
+    """A schema whose properties and items are normalized; what is required is a property, of any type if need be."""
+    required = own.pop("required", None)
+    required = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    properties = own.pop("properties", None)
+    properties = dict(properties) if isinstance(properties, dict) else None
+    if properties is not None or (required and own["type"] == "object"):
+        properties = properties or {}
+        properties |= {name: True for name in required if name not in properties}
+        own["properties"] = {name: _normalized(value) for name, value in properties.items()}
+        own |= {"required": required} if required else {}
+    items = own.pop("items", None)
+    return {**own, "items": _normalized(items)} if isinstance(items, dict) else own
 
 
-def _kinds(schema: Mapping[str, Any]) -> list[str]:
-    """Types that a schema names, in itself or in its branches."""
+def _both(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What two normalized schemas say, `own` first."""
+    merged = {**other, **own}
+    if "properties" in other:
+        merged["properties"] = {**other["properties"], **own.get("properties", {})}
+    if required := list(dict.fromkeys([*own.get("required", ()), *other.get("required", ())])):
+        merged["required"] = required
+    return merged
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any]:
+    """All values that a schema allows, where it lists them."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else []
+
+
+def _branches(schema: Mapping[str, Any], *keys: str) -> list[Any]:
+    return [one for key in keys if isinstance(schema.get(key), list) for one in schema[key]]
+
+
+def _binding(schema: Mapping[str, Any]) -> list[Any]:
+    """Branches that hold of every value: those of allOf, and the one that is not null where there is but one."""
+    others = [one for one in _branches(schema, "anyOf", "oneOf") if _kinds(one) != ["null"]]
+    return _branches(schema, "allOf") + (others if len(others) == 1 else [])
+
+
+def _kinds(schema: Any) -> list[str]:
+    """Types that a schema names, in itself or in its branches, or else that it looks like."""
+    if not isinstance(schema, dict):
+        return ["string"]
     named = schema.get("type")
     kinds = [named] if isinstance(named, str) else named if isinstance(named, list) else []
     if not kinds:
-        kinds = [kind for branch in _branches(schema) if isinstance(branch, dict) for kind in _kinds(branch)]
-    return [kind for kind in kinds if isinstance(kind, str) and kind in JSON_TYPES]
-
-
-def _only_branch(schema: Mapping[str, Any]) -> Any:
-    """The one branch that is not null, if there is one."""
-    branches = [one for one in _branches(schema) if not (isinstance(one, dict) and one.get("type") == "null")]
-    return branches[0] if len(branches) == 1 else None
+        kinds = [kind for branch in _branches(schema, "anyOf", "oneOf", "allOf") for kind in _kinds(branch)]
+    return [kind for kind in kinds if isinstance(kind, str) and kind in JSON_TYPES] or [_guessed(schema)]
 
 
 def _guessed(schema: Mapping[str, Any]) -> str:
-    if isinstance(schema.get("properties"), dict):
+    if isinstance(schema.get("properties"), dict) or isinstance(schema.get("required"), list):
         return "object"
     if "items" in schema or "prefixItems" in schema:
         return "array"
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return TYPES.get(type(values[0]), "string") if isinstance(values, list) and values else "string"
+    kinds = [TYPES.get(type(value), "string") for value in _values(schema) if value is not None]
+    return kinds[0] if kinds else "string"
 
 
 # functions
@@ -223,14 +273,16 @@ def _guessed(schema: Mapping[str, Any]) -> str:
 
 def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     name = getattr(function, "__name__", "")
-    if not NAME.fullmatch(name):
-        raise RequestError(f"tool {name!r:.40}: a function needs a name; use def, not lambda")
-    if inspect.iscoroutinefunction(function):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RequestError(f"tool {shown(name)}: a function needs a name; use def, not lambda")
+    if isinstance(function, type):
+        raise RequestError(f"tool {name}: a class is no function; wrap it in one")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise RequestError(f"tool {name}: async functions cannot be run here; wrap it in a plain one")
     try:
         hints = typing.get_type_hints(function)
         parameters = list(inspect.signature(function).parameters.values())
-    except (NameError, TypeError, ValueError) as error:
+    except Exception as error:  # hints may be text, and any code is evaluated
         raise RequestError(f"tool {name}: its signature cannot be read: {error}") from error
     description, arguments = _documented(inspect.getdoc(function) or "")
     properties, required = {}, []

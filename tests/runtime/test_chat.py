@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from runtime.chat import FILTERS, MAX_CHARS, ChatTemplate
+from runtime.chat import FILTERS, MAX_CHARS, ChatTemplate, guarded, plain_messages
 from runtime.errors import ArtifactError, RequestError
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
@@ -42,7 +42,7 @@ GEMMA_STYLE = """\
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
     {{- '<|turn>' + role + '\\n' }}
     {%- for call in message.tool_calls or [] -%}
-        {{- '<|tool_call>call:' + call.name + '{' + arguments(call.arguments) + '}<tool_call|>' -}}
+        {{- '<|tool_call>call:' + call.function.name + '{' + arguments(call.function.arguments) + '}<tool_call|>' -}}
     {%- endfor -%}
     {{- strip_thinking(message['content']) if role == 'model' else message['content'] | trim -}}
     {{- '<turn|>\\n' -}}
@@ -53,16 +53,33 @@ GEMMA_STYLE = """\
     {%- if not enable_thinking | default(false) %}{{ '<|channel>thought\\n<channel|>' }}{% endif -%}
 {%- endif -%}
 """
+
+
+def call_of(name: str, arguments: Any, **fields: Any) -> dict[str, Any]:
+    return {**fields, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 USER = {"role": "user", "content": " Héllo <b> & 'you'\n"}
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [USER],
     [{"role": "system", "content": "Be  brief."}, USER],
     [USER, {"role": "assistant", "content": "<|channel>thought\nhm<channel|>Hi. "}, USER],
-    [
-        USER,
-        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"b": [1, None], "a": "é"}}]},
-    ],
+    [USER, {"role": "assistant", "content": "", "tool_calls": [call_of("f", {"b": [1, None], "a": "é"})]}],
 ]
+
+
+TEXT = {"type": "text", "text": "a"}
+
+
+def calling(calls: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": calls}
+
+
+def deep(num_levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(num_levels):
+        value = [value]
+    return value
 
 
 def render(source: str, messages: Any = (USER,)) -> str:
@@ -155,17 +172,107 @@ def test_a_template_that_does_not_parse_is_a_damaged_artifact(source: str, messa
         (None, r"a list of at least one mapping, got None"),
         (["hello"], r"message 0 must be a mapping with role and content, got 'hello'"),
         ([USER, {"content": "x"}], r"message 1: role must be a string, got None"),
-        ([{"role": "user", "content": ["x"]}], r"message 0: content must be a string, got \['x'\]"),
+        ([{"role": "user", "content": 7}], r"message 0: content must be a string, got 7$"),
+        ([{"role": "user", "content": None}], r"message 0: content must be a string, got None$"),
+        ([{"role": "assistant", "tool_calls": []}], r"message 0: content must be a string, got None$"),
+        (
+            [{"role": "user", "content": ["x"]}],
+            r"message 0: content holds 'x', expected parts of type 'text'; images and",
+        ),
+        (
+            [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {"url": "x" * 999}}]}],
+            r"message 0: content holds {'image_url': .*, expected parts .*; images and audio are not there yet$",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"message 0: content holds .*, expected parts"),
         (
             [{"role": "user<turn|>", "content": "x"}],
             r"message 0: role 'user<turn\|>' is unknown; use system, developer",
         ),
         ([{**USER, "when": datetime.now()}], r"JSON values only: Object of type datetime"),
+        ([{**USER, "n": float("nan")}], r"JSON values only: Out of range float values"),
+        ([{**USER, (1, 2): "x"}], r"JSON values only: keys must be"),
+        ([{**USER, "reasoning_content": 7}], r"message 0: reasoning_content must be a string, got 7$"),
+        ([{**USER, "tool_calls": [call_of("f", {})]}], r"message 0: only an assistant's message can have tool_calls$"),
+        ([calling("f")], r"message 0: tool_calls must be a list, got 'f'$"),
+        (
+            [calling(["f"])],
+            r"message 0: tool_calls holds 'f', expected {'function': {'name': text, 'arguments': mapping",
+        ),
+        (
+            [calling([{"name": "f", "arguments": {}}])],
+            r"message 0: tool_calls holds {'arguments': {}, 'name': 'f'}, exp",
+        ),
+        (
+            [calling([call_of("f", [1])])],
+            r"message 0: tool_calls holds .*, expected .*'arguments': mapping or JSON text}}$",
+        ),
+        ([calling([call_of("f", "[1]")])], r"message 0: tool_calls holds .*mapping or JSON text}}$"),
+        ([calling([call_of("f", '{"a": NaN}')])], r"message 0: tool_calls holds .*mapping or JSON text}}$"),
+        ([calling([call_of("f", '{"a": 1e999}')])], r"message 0: tool_calls holds .*mapping or JSON text}}$"),
+        ([calling([call_of("f", '{"a":' * 60_000)])], r"message 0: tool_calls holds .*mapping or JSON text}}$"),
+        ([calling([call_of("f", '{"a":' * 90 + "1" + "}" * 90)])], r"message 0: tool_calls holds .*JSON text}}$"),
+        ([calling([call_of("f", {}, id=7)])], r"message 0: the id of a tool call must be a string, got 7$"),
+        (
+            [USER, calling([call_of("f", {}, id="a")]), {"role": "tool", "tool_call_id": "b", "content": "x"}],
+            r"message 2: no call before it has the id 'b'; answer one of the model's$",
+        ),
+        (
+            [calling([call_of("f", {}, id="a")]), USER, {"role": "tool", "tool_call_id": "a", "content": "x"}],
+            r"message 2: no call before it has the id 'a'",
+        ),
+        ([deep(60_000)], r"message 0 must be a mapping with role and content, got \[\["),
+        ([{"role": deep(60_000), "content": "x"}], r"message 0: role must be a string, got \[\["),
+        (
+            [{"role": "user", "content": deep(60_000)}],
+            r"message 0 is nested more than 80 levels deep; send what it holds",
+        ),
+        ([calling([call_of("f", {"a": deep(60_000)})])], r"message 0 is nested more than 80 levels deep"),
+        ([{**USER, "x": deep(80)}], r"message 0 is nested more than 80 levels deep"),
     ],
 )
 def test_messages_are_checked(messages: Any, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as caught:
         render("x", messages)
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_of_text_are_one_text() -> None:
+    assert plain_messages([{"role": "user", "content": [TEXT, {"type": "text", "text": " b"}]}])[0]["content"] == "a b"
+    assert plain_messages([{"role": "user", "content": []}])[0]["content"] == ""
+
+
+def test_a_call_needs_no_content_and_may_have_its_arguments_as_json() -> None:
+    [made] = plain_messages([{**calling([call_of("f", '{"a": [1, null]}', id="7")]), "content": None, "name": None}])
+    assert made == {"role": "assistant", "content": "", "tool_calls": [call_of("f", {"a": [1, None]}, id="7")]}
+    [made] = plain_messages([calling([call_of("f", "", id=None)])])
+    assert made["tool_calls"] == [call_of("f", {})]
+
+
+def test_a_result_has_the_name_of_the_call_that_it_answers() -> None:
+    calls = calling([call_of("f", {}, id="1"), call_of("g", {}, id="2")])
+    results = [{"role": "tool", "tool_call_id": id_, "content": "x"} for id_ in ("2", "1")]
+    assert [message["name"] for message in plain_messages([USER, calls, *results])[2:]] == ["g", "f"]
+    [_, unnamed, named] = plain_messages([calls, {"role": "tool", "content": "x"}, {**results[0], "name": "h"}])
+    assert (unnamed["name"], named["name"]) == ("unknown", "h")
+
+
+def test_the_deepest_message_renders_and_is_guarded() -> None:
+    messages = [{**USER, "x": deep(79)}, calling([call_of("f", '{"a":' * 76 + "1" + "}" * 76)])]
+    assert guarded(plain_messages(messages), str) == plain_messages(messages)
+    assert render("{{ (messages[1].tool_calls | tojson).count('{') }}", messages) == "78"
+
+
+def test_messages_stay_the_callers() -> None:
+    messages = [{"role": "user", "content": [TEXT]}, calling([call_of("f", "{}", id="1")])]
+    before = copy.deepcopy(messages)
+    plain_messages(messages)
+    assert messages == before
+
+
+def test_guarded_reaches_every_string() -> None:
+    value = {"a": ["b", ("c", {"d": 1.5, "e": [True, None]})], 7: "f"}
+    assert guarded(value, str.upper) == {"A": ["B", ["C", {"D": 1.5, "E": [True, None]}]], "7": "F"}
 
 
 @pytest.mark.parametrize(
