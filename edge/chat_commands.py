@@ -11,7 +11,6 @@ from runtime.errors import RequestError
 from runtime.memory import memory_usage
 from runtime.options import OptionArguments
 from runtime.stream import Generation, GenerationStream
-from runtime.tools import Tool
 
 MIB = 1 << 20
 DEFAULTS = OptionArguments(context_policy="slide")  # a chat is to go on
@@ -36,7 +35,9 @@ class Chat:
 
     def begin(self, system: str | None = None, *, thinking: bool = False) -> None:
         """Goes on in a new conversation."""
-        self._add(self._new([], system, thinking=thinking))
+        options = DEFAULTS.copy()
+        options.update(self._given)
+        self._add(self._runtime.conversation(system=system, thinking=thinking, **options))
 
     def resume(self, path: str) -> None:
         """Goes on in a conversation from a session file; raises SessionError where it holds none."""
@@ -150,14 +151,13 @@ class Chat:
 
     def _replace(self, messages: Sequence[dict[str, Any]], system: str | None) -> None:
         present = self.conversation
-        self._conversations[self._number] = self._new(messages, system, thinking=present.thinking, tools=present.tools)
-
-    def _new(
-        self, messages: Sequence[dict[str, Any]], system: str | None, *, thinking: bool, tools: Sequence[Tool] = ()
-    ) -> Conversation:
-        options = DEFAULTS.copy()
-        options.update(self._given)
-        return self._runtime.conversation(system=system, messages=messages, thinking=thinking, tools=tools, **options)
+        self._conversations[self._number] = self._runtime.conversation(
+            system=system,
+            messages=messages,
+            thinking=present.thinking,
+            tools=present.tools,
+            **present.options,
+        )
 
     def _system(self) -> str | None:
         first = self.conversation.messages[:1]

@@ -79,6 +79,11 @@ class Conversation:
         return copy.deepcopy(self._messages)
 
     @property
+    def options(self) -> OptionArguments:
+        """Its answers' defaults; a copy."""
+        return self._options.copy()
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the messages take in the model's chat format."""
         return len(self._prompt_ids(self._messages, add_generation_prompt=False)) if self._messages else 0
