@@ -74,7 +74,7 @@ def test_a_call_is_read(raw: str, name: str, arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ("", r"expected 'call:' and a name at character 0, found the end: ''"),
+        ("", r"expected 'call:' and a name at character 0, found the end$"),
         ("f{}", r"expected 'call:' and a name at character 0, found 'f{}': 'f{}'"),
         ("call: f{}", r"expected 'call:' and a name at character 0"),
         ("call:1f{}", r"expected 'call:' and a name at character 0"),
