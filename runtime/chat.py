@@ -27,7 +27,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from runtime.errors import ArtifactError, RequestError, shown
+from profiles.errors import shown
+from runtime.errors import ArtifactError, RequestError
 
 MAX_CHARS = 4 * 1024 * 1024  # of the prompt, and of every text or list on the way to it
 MAX_STEPS = 1_000_000  # a call is one, a loop's iteration two; Gemma's template takes some ten per message
@@ -115,14 +116,14 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         RequestError: a message is not of the form that Gemma 4's template reads.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError(f"messages must be a list of at least one mapping, got {shown(messages)}")
+        raise RequestError(f"messages must be a list of at least one mapping, got {shown(messages):.60}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise RequestError(f"message {index} must be a mapping with role and content, got {shown(message)}")
+            raise RequestError(f"message {index} must be a mapping with role and content, got {shown(message):.60}")
         if not isinstance(message.get("role"), str):
-            raise RequestError(f"message {index}: role must be a string, got {shown(message.get('role'))}")
+            raise RequestError(f"message {index}: role must be a string, got {shown(message.get('role')):.60}")
         if message["role"] not in ROLES:
-            raise RequestError(f"message {index}: role {shown(message['role'])} is unknown; use {', '.join(ROLES)}")
+            raise RequestError(f"message {index}: role {shown(message['role']):.60} is unknown; use {', '.join(ROLES)}")
         if _is_deeper(message, MAX_DEPTH):
             raise RequestError(
                 f"message {index} is nested more than {MAX_DEPTH} levels deep; send what it holds as text"
@@ -168,10 +169,12 @@ def _check_message(message: dict[str, Any], index: int, calls: dict[str, str]) -
         if message.get(key) is None:
             message.pop(key, None)
         elif not isinstance(message[key], str):
-            raise RequestError(f"message {index}: {key} must be a string, got {shown(message[key])}")
+            raise RequestError(f"message {index}: {key} must be a string, got {shown(message[key]):.60}")
     if role == "tool":
         if (id_ := message.get("tool_call_id")) is not None and id_ not in calls:
-            raise RequestError(f"message {index}: no call before it has the id {shown(id_)}; answer one of the model's")
+            raise RequestError(
+                f"message {index}: no call before it has the id {shown(id_):.60}; answer one of the model's"
+            )
         message.setdefault("name", calls.get(message.get("tool_call_id", ""), "unknown"))
     else:
         calls.clear()
@@ -185,11 +188,11 @@ def _content(message: Mapping[str, Any], index: int) -> str:
     if content is None and message.get("tool_calls"):
         return ""
     if not isinstance(content, list):
-        raise RequestError(f"message {index}: content must be a string, got {shown(content)}")
+        raise RequestError(f"message {index}: content must be a string, got {shown(content):.60}")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RequestError(
-                f"message {index}: content holds {shown(part)}, expected parts of type 'text'; "
+                f"message {index}: content holds {shown(part):.60}, expected parts of type 'text'; "
                 "images and audio are not there yet"
             )
     return "".join(part["text"] for part in content)
@@ -198,7 +201,7 @@ def _content(message: Mapping[str, Any], index: int) -> str:
 def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
     """Calls with their arguments as mappings."""
     if not isinstance(calls, list):
-        raise RequestError(f"message {index}: tool_calls must be a list, got {shown(calls)}")
+        raise RequestError(f"message {index}: tool_calls must be a list, got {shown(calls):.60}")
     return [_tool_call(call, index) for call in calls]
 
 
@@ -208,12 +211,12 @@ def _tool_call(call: Any, index: int) -> dict[str, Any]:
     arguments = _arguments(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise RequestError(
-            f"message {index}: tool_calls holds {shown(call)}, expected "
+            f"message {index}: tool_calls holds {shown(call):.60}, expected "
             "{'function': {'name': text, 'arguments': mapping or JSON text}}"
         )
     id_ = call.get("id")
     if not isinstance(id_, str | None):
-        raise RequestError(f"message {index}: the id of a tool call must be a string, got {shown(id_)}")
+        raise RequestError(f"message {index}: the id of a tool call must be a string, got {shown(id_):.60}")
     own = {} if id_ is None else {"id": id_}
     return {**own, "type": "function", "function": {"name": name, "arguments": arguments}}
 

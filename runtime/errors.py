@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from runtime.memory_plan import MemoryPlan
 
 
-def shown(value: object, max_chars: int = 60) -> str:
-    """A value in a message: one short line, however deep or long it is."""
-    text = " ".join(reprlib.repr(value).split())
-    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
-
-
 class EdgeError(ValueError):
     """Base of every error that is a user's to see."""
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from runtime.errors import RequestError, ToolCallError, shown
+from profiles.errors import shown
+from runtime.errors import RequestError, ToolCallError
 from runtime.tool_calls import NAME, ToolCall
 
 MAX_DEPTH = 64
@@ -55,7 +56,7 @@ ToolLike = Callable[..., Any] | Mapping[str, Any] | Tool
 def tools_of(values: Sequence[Any]) -> tuple[Tool, ...]:
     """Tools from functions and schemas; raises RequestError where one is not usable or a name is there twice."""
     if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
-        raise RequestError(f"tools must be a list of functions or JSON schemas, got {shown(values)}")
+        raise RequestError(f"tools must be a list of functions or JSON schemas, got {shown(values):.60}")
     tools = tuple(map(tool_of, values))
     names = [tool.name for tool in tools]
     for name in names:
@@ -71,7 +72,7 @@ def tool_of(value: Any) -> Tool:
     if isinstance(value, Mapping):
         return Tool(_checked_schema(value))
     if not callable(value):
-        raise RequestError(f"a tool must be a function or a JSON schema, got {shown(value)}")
+        raise RequestError(f"a tool must be a function or a JSON schema, got {shown(value):.60}")
     return Tool(_function_schema(value), value)
 
 
@@ -85,7 +86,7 @@ def check_arguments(tool: Tool, call: ToolCall) -> None:
             raise ToolCallError(f"{tool.name}: argument {name} is missing", raw)
     for name, value in call.arguments.items():
         if name not in properties:
-            raise ToolCallError(f"{tool.name}: there is no argument {shown(name)}", raw)
+            raise ToolCallError(f"{tool.name}: there is no argument {shown(name):.60}", raw)
         _check_value(tool, name, value, properties[name], raw)
 
 
@@ -117,10 +118,10 @@ def _check_value(tool: Tool, name: str, value: Any, schema: Mapping[str, Any], r
     is_number_as_bool = isinstance(value, bool) and bool not in expected and object not in expected
     is_null = value is None and schema.get("nullable") is True
     if not is_null and (is_number_as_bool or not isinstance(value, expected)):
-        raise ToolCallError(f"{tool.name}: argument {name} is {shown(value)}, expected {schema['type']}", raw)
+        raise ToolCallError(f"{tool.name}: argument {name} is {shown(value):.60}, expected {schema['type']}", raw)
     if not is_null and "enum" in schema and value not in schema["enum"]:
         raise ToolCallError(
-            f"{tool.name}: argument {name} is {shown(value)}, expected one of {shown(schema['enum'])}", raw
+            f"{tool.name}: argument {name} is {shown(value):.60}, expected one of {shown(schema['enum']):.60}", raw
         )
 
 
@@ -131,18 +132,18 @@ def _checked_schema(value: Mapping[str, Any]) -> dict[str, Any]:
     plain = _plain(value)
     function = plain["function"] if plain.get("type") == "function" and "function" in plain else plain
     if not isinstance(function, dict):
-        raise RequestError(f"tool: function is {shown(function)}, expected an object with a name")
+        raise RequestError(f"tool: function is {shown(function):.60}, expected an object with a name")
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise RequestError(
-            f"tool: name is {shown(name)}, expected up to 128 letters, digits, _, - and ., the first no digit"
+            f"tool: name is {shown(name):.60}, expected up to 128 letters, digits, _, - and ., the first no digit"
         )
     description = "" if function.get("description") is None else function["description"]
     parameters = {} if function.get("parameters") is None else function["parameters"]
     if not isinstance(description, str) or not isinstance(parameters, dict):
         raise RequestError(f"tool {name}: description must be text and parameters a JSON schema")
     if parameters.get("type", "object") != "object":
-        raise RequestError(f"tool {name}: parameters has type {shown(parameters.get('type'))}, expected 'object'")
+        raise RequestError(f"tool {name}: parameters has type {shown(parameters.get('type')):.60}, expected 'object'")
     _refuse_references(parameters, name)
     properties = parameters["properties"] if isinstance(parameters.get("properties"), dict) else {}
     normalized = _normalized({**parameters, "type": "object", "properties": properties})
@@ -274,7 +275,7 @@ def _guessed(schema: Mapping[str, Any]) -> str:
 def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     name = getattr(function, "__name__", "")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise RequestError(f"tool {shown(name)}: a function needs a name; use def, not lambda")
+        raise RequestError(f"tool {shown(name):.60}: a function needs a name; use def, not lambda")
     if isinstance(function, type):
         raise RequestError(f"tool {name}: a class is no function; wrap it in one")
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):

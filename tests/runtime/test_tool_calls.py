@@ -16,7 +16,7 @@ from runtime.errors import ToolCallError
 from runtime.tool_calls import MAX_DEPTH, MAX_NUMBER_CHARS, QUOTE, ToolCall, parse_tool_call
 
 GEMMA4 = _RESPONSE_TEMPLATE_FALLBACKS[("gemma4",)]
-MAX_SECONDS = 2.0  # of any one call; the longest here take some 0.1 s on an idle core
+MAX_SECONDS = 2.0  # of any one call; the longest here take some 0.2 s
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda text: QUOTE not in text)
 plain_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\x01\x02"), max_size=12)
@@ -74,7 +74,7 @@ def test_a_call_is_read(raw: str, name: str, arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ("", r"expected 'call:' and a name at character 0, found the end"),
+        ("", r"expected 'call:' and a name at character 0, found the end$"),
         ("f{}", r"expected 'call:' and a name at character 0, found 'f{}': 'f{}'"),
         ("call: f{}", r"expected 'call:' and a name at character 0"),
         ("call:1f{}", r"expected 'call:' and a name at character 0"),
@@ -143,15 +143,15 @@ def test_transformers_reads_the_same(arguments: dict[str, Any]) -> None:
 
 
 def check(raw: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()  # other processes' work does not count
     try:
         call = parse_tool_call(raw)
     except ToolCallError as error:
+        call = None
         assert error.raw == raw
         assert "\n" not in str(error)
-    else:
-        assert json.loads(json.dumps(call.arguments, allow_nan=False)) == call.arguments
-    assert time.monotonic() - start < MAX_SECONDS
+    assert time.thread_time() - start < MAX_SECONDS
+    assert call is None or json.loads(json.dumps(call.arguments, allow_nan=False)) == call.arguments
 
 
 marks = st.sampled_from(["call:", "f", "{", "}", "[", "]", ":", ",", QUOTE, '"', "\\", "\\u", "a", "1", "-", ".", "e9"])
