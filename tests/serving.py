@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,11 @@ class Served:
     port: int
     options: ServeOptions
     desk: Any
+    _loops: list[asyncio.AbstractEventLoop]
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """Calls a function in the server's event loop."""
+        self._loops[0].call_soon_threadsafe(function)
 
     @property
     def url(self) -> str:
@@ -47,11 +53,18 @@ def serving(folder: Path, **options: Any) -> Iterator[Served]:
     with Runtime.load(folder, profile="laptop") as runtime, bound_socket("127.0.0.1", 0) as bound:
         serve_options = ServeOptions(model=folder.name, **options)
         app = make_app(runtime, serve_options)
-        server = make_server(app)
-        thread = threading.Thread(target=server.run, args=([bound],), name="serving")
+        server, loops = make_server(app), []
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            await server.serve([bound])
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),), name="serving")
         thread.start()
         try:
-            yield Served(runtime, bound.getsockname()[1], serve_options, app.state.desk)
+            while not server.started:
+                time.sleep(0.002)
+            yield Served(runtime, bound.getsockname()[1], serve_options, app.state.desk, loops)
         finally:
             server.should_exit = True
             thread.join(30)
