@@ -85,6 +85,7 @@ def _run(runtime: Runtime, bound: socket.socket, options: argparse.Namespace, ap
         context_policy=options.context_policy,
     )
     server = make_server(make_app(runtime, serve_options))
+    bound.listen()  # who reads the line below can connect
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"{model}: http://{shown}:{port}, context of {runtime.context_tokens:,} tokens", flush=True)

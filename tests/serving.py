@@ -1,7 +1,11 @@
 """A server of the demo artifact in a thread, and a scripted runtime for what the demo model does not do by itself."""
 
 import asyncio
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -22,6 +26,7 @@ from runtime.stats import StatsRecorder
 from runtime.stream import Generation
 from runtime.tool_calls import ToolCall
 
+ROOT = Path(__file__).parents[1]
 NO_FORMAT = ResponseFormat(7, 8, 11, 12, 13)
 
 
@@ -69,6 +74,23 @@ def serving(folder: Path, **options: Any) -> Iterator[Served]:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+
+
+@contextmanager
+def started(artifact: Path, *options: str, key: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, "-m", "edge.serve_cli", str(artifact), "--port", "0", *options]
+    environment = os.environ | {"EDGE_API_KEY": key}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    try:
+        line = process.stdout.readline()
+        match = re.fullmatch(r"bits4: (http://127\.0\.0\.1:\d+), context of [\d,]+ tokens\n", line)
+        assert match, line or process.stderr.read()
+        yield process, match[1]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def raw_request(port: int, body: bytes, path: str = "/v1/chat/completions", headers: str = "") -> bytes:
