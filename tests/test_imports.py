@@ -38,6 +38,7 @@ RUNTIME_FILES = sorted(
         "edge/command.py",
         "edge/generate_cli.py",
         "edge/generation_arguments.py",
+        "edge/serve_cli.py",
         "edge/terminal.py",
         "edge/examples/*.py",
         "edge/bench/*.py",
@@ -46,7 +47,7 @@ RUNTIME_FILES = sorted(
 )
 EXTRA = sorted(
     re.split(r"[^\w-]", requirement)[0].replace("-", "_")
-    for extra in ("constrain", "export")
+    for extra in ("constrain", "export", "serve")
     for requirement in PYPROJECT["project"]["optional-dependencies"][extra]
 )
 LATER = {Path("runtime/grammar_compiler.py"): {"llguidance"}}  # what a file may import where it is needed
@@ -140,3 +141,14 @@ def test_the_core_alone_says_what_an_export_needs(tmp_path: Path) -> None:
     (line,) = result.stderr.splitlines()
     needed = "torch, safetensors, onnx, tqdm, transformers, bitsandbytes"
     assert line.endswith(f"{needed} not installed; run: pip install 'gemma-edge[export]'")
+
+
+def test_the_core_alone_says_what_serving_needs(tmp_path: Path) -> None:
+    result = run_python(CORE_ALONE, "edge.serve_cli", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == ("edge-serve: starlette, uvicorn not installed; run: pip install 'gemma-edge[serve]'\n")
+
+
+def test_only_the_server_imports_what_serving_needs() -> None:
+    users = {file for file in ROOT.glob("edge/**/*.py") if imported(file) & {"starlette", "uvicorn"}}
+    assert {file.parent for file in users} == {ROOT / "edge" / "serve"}

@@ -1,0 +1,1 @@
+"""Serves one artifact over HTTP with OpenAI's API: chats, completions, and a chat page that needs nothing else."""
