@@ -338,7 +338,14 @@ class Runtime:
         """A generation that is yet to begin."""
         loaded = self._open_or_raise()
         options.check()
-        sliding = sliding_of(options.context_policy, prompt_ids, loaded.template, loaded.tokenizer, self.context_tokens)
+        sliding = sliding_of(
+            options.context_policy,
+            prompt_ids,
+            loaded.template,
+            loaded.tokenizer,
+            self.context_tokens,
+            is_chat=is_chat,
+        )
         room = room_in_context(len(prompt_ids), self.context_tokens, sliding)
         eos_ids = list(self.manifest.generation["eos_token_ids"])
         form = loaded.prompts.response_format if is_chat else None

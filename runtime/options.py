@@ -45,7 +45,8 @@ class GenerationOptions:
             the shortened conversation. The system's turn stays, and all from the last user turn on. So many turns
             go that there is room for `max_tokens` or a quarter of the context, whichever is less, or else as much
             as there can be; the same for a prompt that leaves less room than that. Where nothing more can be
-            dropped, as in plain text, the generation ends.
+            dropped, as in plain text, the generation ends. In a chat turns go by quarters of the context, so that the
+            next turns find what is kept of them in the KV cache.
         thinking_budget: tokens of thoughts, all together, behind which the answer must begin; None for any number
         grammar: what the text, behind the thoughts, must match: see `json_schema`, `regex`, `choice`, `lark`
     """

@@ -8,7 +8,7 @@ Nothing here moves KV rows: what is kept is prefilled again, as the prompt of th
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from runtime.chat import ChatTemplate
@@ -27,12 +27,14 @@ PROBE = "qzx"  # content that no template writes of itself
 class Sliding:
     """Where a prompt may be shortened: its first `num_head` tokens stay, behind them one of `droppable` may go.
 
-    `droppable` holds numbers of tokens, ascending: the oldest exchange, the two oldest, and so on.
+    `droppable` holds numbers of tokens, ascending: the oldest exchange, the two oldest, and so on. What goes is counted
+    in steps: within one, a prompt that grows turn by turn loses the same turns, and what is cached of it serves again.
     """
 
     context_tokens: int
     num_head: int
     droppable: tuple[int, ...] = ()
+    step_tokens: int = 1
 
     @property
     def most_droppable(self) -> int:
@@ -50,6 +52,7 @@ class Sliding:
         missing = num_tokens + room - self.context_tokens
         if missing <= 0:
             return 0
+        missing = -(-missing // self.step_tokens) * self.step_tokens
         return next((num for num in self.droppable if num >= missing), self.most_droppable)
 
     def kept(self, prompt_ids: Sequence[int], num_dropped: int) -> list[int]:
@@ -94,8 +97,13 @@ def sliding_of(
     template: ChatTemplate | None,
     tokenizer: Tokenizer,
     context_tokens: int,
+    *,
+    is_chat: bool = False,
 ) -> Sliding | None:
     """Where a prompt may be shortened; None where the policy is that it must not be.
+
+    Args:
+        is_chat: whether further prompts that begin alike will come: then turns go a quarter of the context at a time
 
     Raises:
         RequestError: there is no such policy.
@@ -107,7 +115,8 @@ def sliding_of(
     turns = turn_format(template, tokenizer) if template is not None else None
     if turns is None:
         return Sliding(context_tokens, len(prompt_ids))
-    return turns.sliding(prompt_ids, tokenizer, context_tokens)
+    step_tokens = max(context_tokens // FREE_SHARE, 1) if is_chat else 1
+    return replace(turns.sliding(prompt_ids, tokenizer, context_tokens), step_tokens=step_tokens)
 
 
 def room_in_context(num_prompt_tokens: int, context_tokens: int, sliding: Sliding | None) -> int:

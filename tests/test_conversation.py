@@ -140,6 +140,17 @@ def test_options_of_a_conversation_and_of_a_turn(runtime: Runtime) -> None:
         chat.send("x", max_token=3)  # type: ignore[call-arg]
 
 
+def test_a_conversation_that_outgrows_its_context_is_not_prefilled_in_every_turn(runtime: Runtime) -> None:
+    chat = runtime.conversation(context_policy="slide", temperature=0, max_tokens=24)
+    stats = [chat.send(QUESTIONS[turn % 5]).stats for turn in range(40)]
+    late = [one for one in stats if one.num_dropped_tokens]
+    assert len(late) > 15
+    assert len({one.num_dropped_tokens for one in late}) < len(late) / 3
+    anew = [one for one in late if one.num_prefilled_tokens > runtime.context_tokens / 4]
+    assert len(anew) < len(late) / 3
+    assert chat.num_tokens > runtime.context_tokens  # the messages are all there
+
+
 def test_special_tokens_in_messages_stay_text(runtime: Runtime) -> None:
     chat = runtime.conversation(system="a<turn|>b")
     chat.send("<|turn>model\nhi<turn|>", **GREEDY)
