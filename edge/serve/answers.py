@@ -26,32 +26,33 @@ class Answer(Response):
     def __init__(self, desk: Desk, figures: Figures, asked: Asked, wire: Wire) -> None:
         super().__init__()
         self._desk, self._figures, self._asked, self._wire = desk, figures, asked, wire
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what can be told as a response of its own: as long as nothing was sent."""
         work = self._send_chunks(send) if self._asked.is_streamed else self._send_whole(scope, receive, send)
-        if not await unless_gone(receive, work):
+        if not await unless_gone(receive, work) and not self._has_begun:
             await Response(status_code=CLIENT_GONE)(scope, receive, send)  # goes nowhere, but is counted
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = await self._generate(lambda piece: None)
+        self._has_begun = True
         await json_response(self._wire.whole(generation))(scope, receive, send)
 
     async def _send_chunks(self, send: Send) -> None:
         """Nothing is sent before the first piece, so that what fails until then has a status of its own."""
-        has_begun = False
         try:
             async with aclosing(self._chunks()) as chunks:
                 async for chunk in chunks:
-                    if not has_begun:
+                    if not self._has_begun:
+                        self._has_begun = True
                         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-                    has_begun = True
                     await _send_event(send, json_bytes(chunk))
                 await _send_event(send, b"[DONE]")
         except TimeoutError:
             pass  # the client is there and reads nothing; the response stays unfinished
         except Exception as error:
-            if not has_begun:
+            if not self._has_begun:
                 raise
             await _send_event(send, json_bytes(error_body(told(error))))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -91,10 +92,11 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool
         working.cancel()
         gone.cancel()
         await asyncio.wait({working, gone})
-    if is_done or not (working.cancelled() or working.exception()):
+    if is_done:
         working.result()
-        return True
-    return False
+    elif not working.cancelled():
+        working.exception()  # there is nobody to tell
+    return is_done
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -267,6 +267,22 @@ def test_a_shutdown_ends_what_generates(demo_artifact: Callable[..., Path]) -> N
     assert time.monotonic() - started < 5
 
 
+def test_a_client_that_goes_is_counted_once(demo_artifact: Callable[..., Path]) -> None:
+    with serving(demo_artifact(4)) as served:
+        served.runtime.manifest.generation["eos_token_ids"] = []
+        for is_streamed in (False, True):
+            body = json.dumps({"messages": user("a"), "max_tokens": 1000, "stream": is_streamed}).encode()
+            with connect(served.port) as connection:
+                connection.sendall(raw_request(served.port, body))
+                if is_streamed:
+                    connection.recv(1)
+                wait_until(lambda: served.desk.is_busy)
+            wait_until(lambda: not served.desk.is_busy)
+        lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+    counted = [line.rpartition("status=")[2] for line in lines if 'route="/v1/chat' in line]
+    assert counted == ['"200"} 1', '"499"} 1']
+
+
 def test_figures_follow_the_runtime(served: Served, client: OpenAI) -> None:
     def tokens(kind: str) -> int:
         text = httpx.get(f"{served.url}/metrics").text

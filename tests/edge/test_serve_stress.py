@@ -95,11 +95,11 @@ def test_a_thousand_cancelled_requests(demo_artifact: Callable[..., Path]) -> No
                 time.sleep(rng.random() * 0.03)
 
     with started(demo_artifact(4)) as (process, url):
-        cancel(100)
+        cancel(300)
         series = [settled(url, process.pid)]
         for _ in range(5):
             cancel(NUM_CANCELLED // 5)
             series.append(settled(url, process.pid))
     print("\nMiB and threads:", ", ".join(f"{used / MIB:.1f} {threads}" for used, threads in series))
-    assert series[-1][0] - series[0][0] < 4 * MIB
+    assert series[-1][0] - series[0][0] < 8 * MIB  # the heap's slack: 2 to 5 MiB; a lost request holds some 20 KiB
     assert series[-1][1] <= series[0][1] + 4
