@@ -60,7 +60,6 @@ class Server:
     """What the routes share."""
 
     runtime: Generates
-    context_tokens: int
     options: ServeOptions
     desk: Desk
     figures: Figures = field(default_factory=Figures)
@@ -95,7 +94,7 @@ class Server:
     def _model(self) -> dict[str, Any]:
         name = self.options.model
         about = {"object": "model", "created": self.created, "owned_by": "gemma-edge"}
-        return {"id": name, **about, "context_tokens": self.context_tokens}
+        return {"id": name, **about, "context_tokens": self.runtime.context_tokens}
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -103,13 +102,13 @@ class Server:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        text = self.figures.text(self.desk, self.context_tokens)
+        text = self.figures.text(self.desk, self.runtime.context_tokens)
         return PlainTextResponse(text, headers={"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"})
 
 
 def make_app(runtime: Runtime, options: ServeOptions) -> Starlette:
     """The application. Its `state.desk.close()` ends all generations, before a shutdown waits for their responses."""
-    server = Server(runtime, runtime.context_tokens, options, Desk(options.max_waiting))
+    server = Server(runtime, options, Desk(options.max_waiting))
     routes = [
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/completions", server.completion, methods=["POST"]),

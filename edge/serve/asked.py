@@ -23,6 +23,7 @@ CHAT_FIELDS = SAMPLING | {
 COMPLETION_FIELDS = SAMPLING | {"prompt"}
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 MAX_TOOLS = 128
+MOST_TOKEN_CHARS = 64  # longer than tokens are: a text of more for each token of the context cannot fit
 COMPLETION_TOKENS = 16  # OpenAI's own default of /v1/completions
 # Tokens of thoughts for each effort; None for any number. Source: litellm/constants.py, DEFAULT_REASONING_EFFORT_*.
 EFFORTS: Mapping[str, int | None] = {"minimal": 128, "low": 1024, "medium": 2048, "high": 4096, "xhigh": None}
@@ -30,6 +31,8 @@ EFFORTS: Mapping[str, int | None] = {"minimal": 128, "low": 1024, "medium": 2048
 
 class Generates(Protocol):
     """What is needed of the runtime."""
+
+    context_tokens: int
 
     @property
     def prompts(self) -> Prompts:
@@ -82,6 +85,8 @@ def asked_completion(runtime: Generates, body: Mapping[str, Any], model: str, po
         options["max_tokens"] = COMPLETION_TOKENS
     options["context_policy"] = policy
     prompt = _one_prompt(body.get("prompt"))
+    if isinstance(prompt, str):
+        _check_size(prompt, "prompt", runtime.context_tokens)
     return Asked(
         begin=lambda: runtime.stream(prompt, **options),
         is_chat=False,
@@ -96,6 +101,7 @@ def asked_chat(runtime: Generates, body: Mapping[str, Any], model: str, policy: 
     check_model(body, model)
     check_fields(body, CHAT_FIELDS)
     messages = _messages(body.get("messages"))
+    _check_size(messages, "messages", runtime.context_tokens)
     tools, strict = _tools(body)
     thinking, budget = _thinking(body)
     options = sampling_options(body)
@@ -128,6 +134,21 @@ def _one_prompt(prompt: Any) -> str | list[int]:
     if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
         raise bad_request(f"prompt is {reprlib.repr(prompt)}, expected one text or one list of token ids", "prompt")
     return prompt
+
+
+def _check_size(value: str | list[Any], name: str, context_tokens: int) -> None:
+    """Refuses at once what would be tokenized for seconds, in vain."""
+    num_items = len(value) if isinstance(value, list) else 0  # each takes a token at least
+    if num_items > context_tokens or (num_chars := _num_chars(value)) > context_tokens * MOST_TOKEN_CHARS:
+        found = f"{num_items:,} entries" if num_items > context_tokens else f"{num_chars:,} characters"
+        raise bad_request(f"{name} has {found}, the context holds {context_tokens:,} tokens; shorten it", name)
+
+
+def _num_chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_num_chars, inner))
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from edge.serve.errors import ServeError, bad_request
 from runtime.options import OptionArguments
 
+MAX_FIELDS = 100  # each unknown name is compared with all that are known
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MISSPELLED = 0.85  # how alike two names are where one is a slip of the pen
@@ -52,6 +53,8 @@ Value = TypeVar("Value")
 
 def check_fields(body: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises ServeError for a field that cannot be served or whose name is misspelled."""
+    if len(body) > MAX_FIELDS:
+        raise bad_request(f"the body has {len(body):,} fields, expected at most {MAX_FIELDS}")
     for name, value in body.items():
         if name in known or name in HARMLESS:
             continue

@@ -119,6 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "penalty": ({"presence_penalty": 0.5}, "presence_penalty is 0.5, which cannot be served", "presence_penalty"),
     "functions": ({"functions": [{}]}, "functions is", "functions"),
     "misspelled": ({"max_token": 3}, "unknown field 'max_token', did you mean 'max_tokens'?", "max_tokens"),
+    "fields": ({str(number): 0 for number in range(100)}, "the body has 101 fields, expected at most 100", None),
     "required": ({"tools": [WEATHER], "tool_choice": "required"}, "no call can be forced", "tool_choice"),
     "choice": ({"tool_choice": {"type": "function"}}, 'expected "auto" or "none"', "tool_choice"),
     "tool type": ({"tools": [{"type": "web_search"}]}, "tools holds type 'web_search', expected 'function'", "tools"),
@@ -153,6 +154,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "effort": ({"reasoning_effort": "huge"}, "expected one of none, minimal, low", "reasoning_effort"),
     "kwargs": ({"chat_template_kwargs": {"a": 1}}, "expected enable_thinking alone", "chat_template_kwargs"),
     "messages": ({"messages": []}, "messages is [], expected a list of at least one", "messages"),
+    "many": ({"messages": HELLO * 1025}, "messages has 1,025 entries, the context holds 1,024 tokens", "messages"),
+    "long": (
+        {"messages": [{"role": "user", "content": "a" * 65_537}]},
+        "messages has 65,541 characters, the context holds 1,024 tokens; shorten it",
+        "messages",
+    ),
     "message": ({"messages": ["a"]}, "message 0 is 'a', expected an object", "messages"),
 }
 
