@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from runtime.chat import plain_messages
 from runtime.errors import SessionError
 from runtime.kv_cache import KVSnapshot, Window
 from runtime.kv_rows import Rows
-from runtime.options import OptionArguments
+from runtime.options import GenerationOptions, OptionArguments
 from runtime.prefix import Parked
 from runtime.session_file import read_session, write_session
 from runtime.tools import Tool, tools_of
@@ -66,8 +67,9 @@ def read_conversation(path: Path, identity: Mapping[str, Any], empty: KVSnapshot
     try:
         token_ids = file.arrays["token_ids"].view("<i4").tolist()
         rows = _rows(file.arrays, header["windows"], len(token_ids), empty)
+        GenerationOptions(**header["options"]).check()
         return SavedConversation(
-            messages=list(header["messages"]),
+            messages=plain_messages(header["messages"]) if header["messages"] != [] else [],
             tools=tools_of(header["tools"]),
             thinking=header["thinking"] is True,
             options=header["options"],

@@ -2,15 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
-from edge import MemoryBudgetError, RequestError, Runtime
+from edge import InferenceError, MemoryBudgetError, RequestError, Runtime
+from runtime.constraints import Constraints
 from runtime.grammar import choice, json_object, json_schema, lark, regex
 from tests.json_schemas import random_schemas
 from tests.lasting import PROFILE
@@ -128,3 +130,29 @@ def test_a_budget_without_room_for_the_compiler(demo_artifact: Callable[..., Pat
         with pytest.raises(MemoryBudgetError, match=r"structured output needs 2 MiB beside the plan, .* leaves 0 MiB"):
             runtime.chat(MESSAGES, grammar=choice(["x"]))
         assert runtime.chat(MESSAGES, max_tokens=3).text
+
+
+class ForbidsAll:
+    """A constraint that nothing satisfies."""
+
+    is_complete = False
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        return 0
+
+    def masks(self, token_ids: Sequence[int]) -> list[Any]:
+        return [np.zeros(2048, np.bool_) for _ in range(len(token_ids) + 1)]
+
+    def consume(self, token_ids: Sequence[int]) -> None:
+        raise AssertionError("nothing is generated")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_constraint_that_forbids_every_token(  # 66
+    runtime: Runtime, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Constraints, "of", lambda *arguments, **options: ForbidsAll())
+    with pytest.raises(InferenceError, match=r"step 0: the largest .* is -inf; .* every token is masked"):
+        runtime.chat(MESSAGES, temperature=temperature)
+    monkeypatch.undo()
+    assert runtime.chat(MESSAGES, temperature=0, max_tokens=3).text

@@ -6,6 +6,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from runtime.chat import FILTERS, MAX_CHARS, ChatTemplate, guarded, plain_messages
@@ -381,3 +383,28 @@ def test_threads_have_a_budget_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generation_tags_of_training_templates_are_passed_over() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     assert ChatTemplate(source, {}).render([{"role": "user", "content": "hello"}]) == "hello"
+
+
+PIECES = (
+    """
+{{ messages }} | {{ messages|tojson }} | {{ messages[0]['content'] * 9 }} | {% for m in messages %} | {% endfor %}
+{% for i in range(999999) %} | {% macro f(x) %} | {% endmacro %} | {{ f(f) }} | {{ f(1) }} | {% set x = [1] %}
+{% set x = x + x %} | {{ x }} | {% if tools %} | {% else %} | {% endif %} | {{ 9 ** 9 }} | {{ ''.__class__ }}
+{{ x|attr('__init__') }} | {{ undefined.y }} | {{ 'a' % x }} | {{ (x, x)|join }} | {{ strftime_now('%Y') }}
+{{ raise_exception(x) }} | {% include 'x' %} | {{ | }} | {% | %} | {% set ns = namespace(a=x) %} | {% set ns.a = ns %}
+{{ ns }} | {{ x[0:9:0] }} | {{ tools|map('upper') }} | {{ tools }} | {% set x = messages %} | {{ x|length }}
+""".strip()
+    .replace("\n", " | ")
+    .split(" | ")
+)
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_any_template_renders_or_is_refused_in_one_line(pieces: list[str]) -> None:  # 79
+    try:
+        text = ChatTemplate("".join(pieces), TOKENS).render([USER], tools=[{"type": "function"}], thinking=True)
+    except (ArtifactError, RequestError) as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(text) <= MAX_CHARS
