@@ -343,8 +343,9 @@ if __name__ == "__main__":
     tokens = runtime.generate([2, 45], max_tokens=4, temperature=0.0).token_ids
     fresh, begun = runtime.stream([2, 45]), runtime.stream([2, 45], temperature=0.0)
     next(begun)
+    chat = runtime.conversation()
     refused = (lambda: runtime.generate([2]), lambda: runtime.stream([2]), lambda: runtime.count_tokens("x"),
-               lambda: next(fresh), lambda: next(begun))
+               lambda: next(fresh), lambda: next(begun), lambda: chat.send("x"), lambda: chat.save("never"))
     print([in_fork(call) for call in refused])
     print([in_fork(call) for call in (begun.close, begun.cancel, runtime.cancel, runtime.close, runtime.close)])
     standing, go_on = threading.Event(), threading.Event()
@@ -385,7 +386,7 @@ def test_a_fork_is_refused_and_a_spawn_works(lasting_artifact: Path, tmp_path: P
     )
     assert done.stderr == ""
     refused, ended, while_busy, spawned, afterwards = done.stdout.splitlines()
-    assert refused == "[10, 10, 10, 10, 10]"
+    assert refused == "[10, 10, 10, 10, 10, 10, 10]"
     assert ended == "[0, 0, 0, 0, 0]"
     assert while_busy == "[0, 0, 10]"
     assert (spawned, afterwards) == ("True", "True")
