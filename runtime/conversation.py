@@ -2,7 +2,9 @@
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
@@ -39,8 +41,8 @@ class Host(Protocol):
         """The answer to a prompt."""
         ...
 
-    def rows_of(self, token_ids: Sequence[int]) -> Parked:
-        """Rows of as many of the first of these tokens as are cached."""
+    def rows_of(self, token_ids: Sequence[int]) -> AbstractContextManager[Parked]:
+        """Rows of as many of the first of these tokens as are cached; within, nothing changes them."""
         ...
 
 
@@ -69,7 +71,8 @@ class Conversation:
         self._messages = [copy.deepcopy(dict(message)) for message in messages]
         self._token_ids = list(token_ids)  # of the last turn's prompt and answer
         self._lock = threading.Lock()
-        self._stream: GenerationStream | None = None
+        self._stream: weakref.ref[GenerationStream] | None = None  # one that is dropped ends
+        self._turn = object()  # the answer that will be remembered
         if self._messages:
             self._prompt_ids(self._messages, add_generation_prompt=False)  # refuses what the template does
 
@@ -120,13 +123,15 @@ class Conversation:
             prompt_ids = self._prompt_ids(asked)
             chosen = GenerationOptions(**self._merged(options))
 
+            turn = object()
+
             def remember(generation: Generation) -> None:
-                if generation.token_ids and self._stream is stream:
+                if generation.token_ids and self._turn is turn:
                     self._messages = [*asked, _answer(generation)]
                     self._token_ids = [*prompt_ids, *generation.token_ids]
 
             stream = self._host.answer(prompt_ids, chosen, self.thinking, remember)
-            self._stream = stream
+            self._stream, self._turn = weakref.ref(stream), turn
         return stream
 
     def act(
@@ -154,8 +159,8 @@ class Conversation:
 
     def cancel(self) -> None:
         """Ends the answer in progress, from any thread, within one step."""
-        if self._stream is not None:
-            self._stream.cancel()
+        if (stream := self._present()) is not None:
+            stream.cancel()
 
     def undo(self) -> list[dict[str, Any]]:
         """Forgets the last user's message and all behind it; returns them.
@@ -190,10 +195,9 @@ class Conversation:
             self._end_abandoned()
             options = self._options.copy()
             options.pop("grammar", None)
-            saved = SavedConversation(
-                self._messages, self.tools, self.thinking, options, self._host.rows_of(self._token_ids)
-            )
-            write_conversation(Path(path), self._host.identity, saved)
+            with self._host.rows_of(self._token_ids) as rows:
+                saved = SavedConversation(self._messages, self.tools, self.thinking, options, rows)
+                write_conversation(Path(path), self._host.identity, saved)
 
     def _merged(self, options: OptionArguments) -> OptionArguments:
         merged = self._options.copy()
@@ -209,9 +213,13 @@ class Conversation:
             add_generation_prompt=add_generation_prompt,
         )
 
+    def _present(self) -> GenerationStream | None:
+        """The last stream, while somebody has it."""
+        return self._stream() if self._stream is not None else None
+
     def _end_abandoned(self) -> None:
         """Ends an answer that nobody draws on; BusyError where somebody does."""
-        stream = self._stream
+        stream = self._present()
         if stream is None or stream.generation is not None:
             return
         if stream.is_in_use:

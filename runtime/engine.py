@@ -49,7 +49,7 @@ class Runtime:
         self.context_tokens = plan.context_tokens
         self._loaded: Loaded | None = loaded
         self._process = os.getpid()
-        self._claim_lock = threading.Lock()
+        self._claim_lock = threading.RLock()  # the collector may end a dropped stream within it
         self._released = threading.Condition(self._claim_lock)
         self._step_lock = threading.Lock()
         self._current: GenerationRun | None = None
@@ -185,10 +185,13 @@ class Runtime:
         Raises:
             SessionError: the file is damaged, or of another model, tokenizer, template or type of KV rows.
         """
-        saved = read_conversation(Path(path), self.identity, self._open_or_raise().target.cache.empty_snapshot())
-        if len(saved.rows.token_ids) < self.context_tokens:  # else they are computed again
-            with self._idle():
-                self._open_or_raise().target.adopt(saved.rows)
+        with self._idle():
+            target = self._open_or_raise().target
+            target.give_way()  # its rows, what is read and what becomes of it must not be there at once
+            most_bytes = (self.plan.cache_bytes + self.plan.budget_bytes - self.plan.peak_bytes) // 2
+            saved = read_conversation(Path(path), self.identity, target.cache.empty_snapshot(), most_bytes)
+            if len(saved.rows.token_ids) < self.context_tokens:  # else they are computed again
+                target.adopt(saved.rows)
         known = {tool.name: tool for tool in tools_of(tools)}
         return Conversation(
             self,
@@ -265,10 +268,11 @@ class Runtime:
         with self._released:
             self._released.notify_all()
 
-    def rows_of(self, token_ids: Sequence[int]) -> Parked:
-        """Rows of the KV cache, copied, of as many of the first of these tokens as it knows."""
+    @contextmanager
+    def rows_of(self, token_ids: Sequence[int]) -> Iterator[Parked]:
+        """Rows of as many of the first of these tokens as the KV cache knows; within, nothing changes them."""
         with self._idle():
-            return self._open_or_raise().target.rows_of(token_ids)
+            yield self._open_or_raise().target.rows_of(token_ids)
 
     @contextmanager
     def _idle(self) -> Iterator[None]:

@@ -217,17 +217,20 @@ class KVCache:
         own = sum(num_rows[kind] * int(array.shape[1]) for kind, _, array in self.arrays())
         return own + sum(window.nbytes for window in self._windows)
 
-    def snapshot(self, num_tokens: int | None = None) -> KVSnapshot:
-        """A copy of every row that is needed to go on, or to rewind as now.
+    def snapshot(self, num_tokens: int | None = None, *, is_copy: bool = True) -> KVSnapshot:
+        """Every row that is needed to go on, or to rewind as now.
 
         Args:
             num_tokens: of the cache as it would be rewound to so many; None for all
+            is_copy: False for the rows themselves, which the next forward may change
         """
         left = self.rewindable_to(self.num_tokens if num_tokens is None else num_tokens)
-        full = {name: array[:left].copy() for name, array in self._kinds["full"].arrays.items()}
+        full = {name: array[:left] for name, array in self._kinds["full"].arrays.items()}
         windows = _cut(self._windows, left, self.kept_tokens)
         if self._holds_window_at(left):
-            windows.append(self._copied(max(0, left - self.kept_tokens - self._slack), left))
+            windows.append(self._window_rows(max(0, left - self.kept_tokens - self._slack), left, is_copy=is_copy))
+        if is_copy:
+            full = {name: rows.copy() for name, rows in full.items()}
         return KVSnapshot(left, full, tuple(windows))
 
     def restore(self, snapshot: KVSnapshot, num_tokens: int) -> int:
@@ -265,13 +268,13 @@ class KVCache:
             if window.first >= first_position:
                 self.mark(window.stop)
 
-    def _copied(self, first: int, stop: int) -> Window:
-        """Copies rows of the sliding layers, as many of [first, stop) as there are."""
+    def _window_rows(self, first: int, stop: int, *, is_copy: bool = True) -> Window:
+        """Rows of the sliding layers, as many of [first, stop) as there are."""
         sliding = self._kinds["sliding"]
         first = max(first, sliding.first_position)
         start = first - sliding.first_position
-        rows = {name: array[start : start + stop - first].copy() for name, array in sliding.arrays.items()}
-        return Window(first, stop, rows)
+        rows = {name: array[start : start + stop - first] for name, array in sliding.arrays.items()}
+        return Window(first, stop, {name: row.copy() for name, row in rows.items()} if is_copy else rows)
 
     def _keep_marked(self, first_position: int) -> None:
         """Copies the windows of marks that end before rows [.., first_position) go, and would not be whole then."""
@@ -279,7 +282,7 @@ class KVCache:
             first = max(0, mark - self.kept_tokens - self._slack)
             if first < first_position:
                 self._marks.remove(mark)
-                self._windows = [*self._windows, self._copied(first, mark)][-MAX_WINDOWS:]
+                self._windows = [*self._windows, self._window_rows(first, mark)][-MAX_WINDOWS:]
 
     def _release_behind(self, num_tokens: int) -> None:
         """Gives back the memory of full layers' rows behind the first `num_tokens`."""

@@ -101,8 +101,12 @@ class MemoryPlan:
     @property
     def parked_bytes(self) -> int:
         """Anonymous memory beside the peak that rows of other conversations may take, at most."""
-        rows = sum(part.num_bytes for part in self.parts if part.name in ("KV rows", "KV windows"))
-        return max(0, min(self.budget_bytes - self.peak_bytes, MAX_PARKED * rows))
+        return max(0, min(self.budget_bytes - self.peak_bytes, MAX_PARKED * self.cache_bytes))
+
+    @property
+    def cache_bytes(self) -> int:
+        """KV rows of a full context, windows and their copies."""
+        return sum(part.num_bytes for part in self.parts if part.name.startswith("KV "))
 
     @property
     def mapped_bytes(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.chat import plain_messages
-from runtime.errors import SessionError
+from runtime.errors import MemoryBudgetError, SessionError
 from runtime.kv_cache import KVSnapshot, Window
 from runtime.kv_rows import Rows
 from runtime.options import GenerationOptions, OptionArguments
@@ -51,16 +51,23 @@ def write_conversation(path: Path, identity: Mapping[str, Any], saved: SavedConv
     write_session(path, header, arrays)
 
 
-def read_conversation(path: Path, identity: Mapping[str, Any], empty: KVSnapshot) -> SavedConversation:
+def read_conversation(path: Path, identity: Mapping[str, Any], empty: KVSnapshot, most_bytes: int) -> SavedConversation:
     """Reads a session file.
 
     Args:
         identity: of the artifact that it must be of
         empty: a snapshot of no tokens, whose arrays say what rows must be like
+        most_bytes: that the file may take in memory
 
     Raises:
         SessionError: the file is damaged, or of another model, layout or type of rows.
+        MemoryBudgetError: it is too large for the memory budget.
     """
+    if path.is_file() and (num_bytes := path.stat().st_size) > most_bytes:
+        raise MemoryBudgetError(
+            f"{path}: the session has {num_bytes / 2**20:,.0f} MiB, the memory budget leaves {most_bytes / 2**20:,.0f} "
+            "MiB to read it; load with a larger budget"
+        )
     file = read_session(path)
     header = file.header
     _check_identity(path, header.get("identity"), identity)

@@ -212,7 +212,8 @@ class GenerationRun:
         recorder = StatsRecorder(len(self._request.prompt_ids), self._request.costs)
         self._owner = Owner.current()
         target, drafter = self._host.claim(self)
-        self._run_options = target.run_options
+        if not self.is_cancelled:  # one that was cancelled while it waited has no runs of its own
+            self._run_options = target.run_options
         blocks = generate_blocks(target, drafter, self._request, self._rng, recorder.counts, self._cancelled.is_set)
         has_failed = True
         try:

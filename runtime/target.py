@@ -77,16 +77,21 @@ class TargetModel:
         return reuse
 
     def rows_of(self, token_ids: Sequence[int]) -> Parked:
-        """A copy of the rows of as many of the first of `token_ids` as are known, cached or parked."""
+        """Rows of as many of the first of `token_ids` as are known, cached or parked; the next forward changes them."""
         kept = self.cache.kept_tokens
-        live = self.cache.snapshot(num_common(self._known_ids(), token_ids))
+        live = self.cache.snapshot(num_common(self._known_ids(), token_ids), is_copy=False)
         parked = [entry.snapshot.cut(num_common(entry.token_ids, token_ids), kept) for entry in self.parked.entries]
         best = max([live, *parked], key=lambda snapshot: snapshot.num_tokens)
         return Parked(list(token_ids[: best.num_tokens]), best)
 
+    def give_way(self) -> None:
+        """Empties the cache; its rows are parked, if there is room."""
+        if self._known_ids():
+            park(self.cache, self._token_ids, self.parked)
+        self.clear()
+
     def adopt(self, rows: Parked) -> None:
-        """Makes the cache hold rows that were copied before; parks its own."""
-        park(self.cache, self._known_ids(), self.parked)
+        """Makes the cache hold rows that were there before."""
         self._token_ids = rows.token_ids[: self.cache.restore(rows.snapshot, len(rows.token_ids))]
 
     def _known_ids(self) -> list[int]:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from edge import BusyError, ClosedError, InferenceError, RequestError, Runtime
+from edge import BusyError, ClosedError, InferenceError, MemoryBudgetError, RequestError, Runtime
 from runtime.errors import SessionError, ToolCallError
 from runtime.grammar import json_schema
+from runtime.saved_conversation import read_conversation
 from tests.lasting import PROFILE, forget, hooked, open_runtime
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
@@ -198,6 +200,7 @@ def test_a_stream_that_is_left_is_remembered(runtime: Runtime, end: str) -> None
         stream.close()
     elif end == "drop":
         del stream
+        assert chat.messages[1]["content"].startswith(piece)
     chat.send(QUESTIONS[1], **GREEDY)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[1]["content"].startswith(piece)
@@ -315,6 +318,7 @@ def test_one_that_waits_can_be_cancelled(runtime: Runtime) -> None:
     time.sleep(0.2)
     waiting.cancel()
     thread.join(10)
+    waiting.cancel()  # again, when it is over: that is nothing to the one in progress
     assert made[0].finish_reason == "cancelled"
     assert (made[0].token_ids, waiting.messages) == ([], [])
     assert next(first)
@@ -485,3 +489,22 @@ def test_files_of_other_models_are_refused(
     # a smaller context is none of the file's business, as long as the messages fit
     small = open_demo()
     assert small.resume(path).messages == chat.messages
+
+
+def test_a_session_that_the_budget_cannot_hold_twice(open_demo: Callable[..., Runtime], tmp_path: Path) -> None:
+    runtime = open_demo()
+    chat = runtime.conversation(system="word " * 120)
+    chat.send(QUESTIONS[0], **GREEDY)
+    chat.save(tmp_path / "chat.session")
+    with pytest.raises(MemoryBudgetError, match=r"the session has 0 MiB, the memory budget leaves 0 MiB to read it"):
+        read_conversation(tmp_path / "chat.session", {}, target_of(runtime).cache.empty_snapshot(), 1000)
+
+
+def test_saving_takes_no_copy_of_the_rows(runtime: Runtime) -> None:
+    chat = runtime.conversation(system="word " * 120)
+    chat.send(QUESTIONS[0], **GREEDY)
+    arrays = {name: array for _, name, array in target_of(runtime).cache.arrays()}
+    with runtime.rows_of(chat._token_ids) as rows:
+        assert rows.snapshot.num_tokens > 120
+        for name, saved in {**rows.snapshot.full, **rows.snapshot.windows[-1].rows}.items():
+            assert np.shares_memory(saved, arrays[name])
