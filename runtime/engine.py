@@ -249,7 +249,7 @@ class Runtime:
         self._check_process()
         with self._released:
             while self._current is not None and self._current.is_in_use and not run.is_cancelled:
-                if not run.waits:
+                if not run.waits or self._current.is_own:  # in a signal handler it would wait for itself
                     raise BusyError("another thread's generation is in progress; wait for it or cancel() it")
                 self._open_or_raise()
                 self._released.wait(WAIT_SECONDS)

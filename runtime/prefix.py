@@ -56,9 +56,13 @@ class ParkedRows:
         self.make_room(0)
         return True
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether a copy of so many bytes may be kept, once others have gone."""
-        return num_bytes <= self.max_bytes
+    def has_room(self, num_bytes: int, beside: Parked | None) -> bool:
+        """Whether a copy of so many bytes may be kept, once all others but one have gone."""
+        return num_bytes + (0 if beside is None else beside.snapshot.nbytes) <= self.max_bytes
+
+    def use(self, parked: Parked) -> None:
+        """Lets a copy stay longest."""
+        self.entries = [*(entry for entry in self.entries if entry is not parked), parked]
 
     def make_room(self, num_bytes: int) -> None:
         """Lets the oldest copies go, so that one of `num_bytes` can be made."""
@@ -88,7 +92,7 @@ def reuse_rows(cache: KVCache, cached_ids: list[int], parked: ParkedRows, token_
         cached_ids: the tokens of the cache
         parked: where its rows go if the prompt has little to do with them
     """
-    limit = len(token_ids) - 1
+    limit = len(token_ids) - 1  # the last token's logits are wanted
     common = min(limit, num_common(cached_ids, token_ids))
     usable = cache.rewindable_to(common)
     best, most = None, common
@@ -98,24 +102,24 @@ def reuse_rows(cache: KVCache, cached_ids: list[int], parked: ParkedRows, token_
         if (here := entry.snapshot.usable_at(shared, cache.kept_tokens)) > usable:
             best, usable = entry, here
     if common < len(cached_ids) // 2 and len(cached_ids) - common >= LEAST_PARKED:
-        park(cache, cached_ids, parked)
+        park(cache, cached_ids, parked, beside=best)
     if best is None:
         usable = cache.rewind(usable)
     else:
         usable = cache.restore(best.snapshot, usable)
-        if best in parked.entries:  # used last, so that it stays longest
-            parked.entries.remove(best)
-            parked.entries.append(best)
+        parked.use(best)
     if usable < most:  # where prompts begin alike, and part: the next one that does may be rewound to there
         cache.mark(most)
     cache.mark(len(token_ids))
     return Reuse(usable, most)
 
 
-def park(cache: KVCache, cached_ids: Sequence[int], parked: ParkedRows) -> None:
-    """Keeps a copy of the cache, if there is room for it."""
+def park(cache: KVCache, cached_ids: Sequence[int], parked: ParkedRows, beside: Parked | None = None) -> None:
+    """Keeps a copy of the cache, if there is room for it, and for one that is about to be used."""
     num_bytes = cache.snapshot_bytes
-    if not parked.has_room(num_bytes):
+    if not parked.has_room(num_bytes, beside):
         return
+    if beside is not None:  # what was used last stays longest
+        parked.use(beside)
     parked.make_room(num_bytes)  # before the copy is made, not behind it
     parked.add(Parked(list(cached_ids), cache.snapshot()))

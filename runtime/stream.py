@@ -68,7 +68,7 @@ class GenerationStream:
         """Made by `Runtime.stream` and others.
 
         Args:
-            on_end: told of the result once, before the last piece's successor is asked for in vain
+            on_end: told of the result, unless it failed
         """
         self._run = run
         self._pieces = run.pieces(on_end)
@@ -190,6 +190,11 @@ class GenerationRun:
         return self._cancelled.is_set()
 
     @property
+    def is_own(self) -> bool:
+        """Whether this thread or task is the last one that drew on it."""
+        return self._owner == Owner.current()
+
+    @property
     def is_in_use(self) -> bool:
         """Whether a thread or task other than this one still draws on it.
 
@@ -197,7 +202,7 @@ class GenerationRun:
         """
         if self.generation is not None:
             return False
-        if self._owner == Owner.current():
+        if self.is_own:
             return self._is_stepping  # as in a signal handler
         return self._owner.is_alive and not self.is_cancelled
 
@@ -209,9 +214,9 @@ class GenerationRun:
 
     def pieces(self, on_end: Callable[[Generation], None] | None = None) -> Generator[Piece, None, None]:
         """Generates; yields text as it becomes certain."""
-        recorder = StatsRecorder(len(self._request.prompt_ids), self._request.costs)
         self._owner = Owner.current()
         target, drafter = self._host.claim(self)
+        recorder = StatsRecorder(len(self._request.prompt_ids), self._request.costs)
         if not self.is_cancelled:  # one that was cancelled while it waited has no runs of its own
             self._run_options = target.run_options
         blocks = generate_blocks(target, drafter, self._request, self._rng, recorder.counts, self._cancelled.is_set)

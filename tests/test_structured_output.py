@@ -31,10 +31,12 @@ def runtime(demo_artifact: Callable[..., Path]) -> Iterator[Runtime]:
 def test_documents_of_random_schemas_are_valid_and_drafts_change_nothing(runtime: Runtime) -> None:
     num_closed = num_drafted = num_accepted = 0
     for seed, schema in enumerate(random_schemas(NUM_SCHEMAS, seed=7)):
-        options: dict[str, Any] = {"grammar": json_schema(schema), "max_tokens": 100, "temperature": 0}
+        options: dict[str, Any] = {"grammar": json_schema(schema), "max_tokens": 64, "temperature": 0}
         plain = runtime.chat(MESSAGES, **options, num_draft_tokens=0)
         drafted = runtime.chat(MESSAGES, **options, num_draft_tokens=3)
-        sampled = runtime.chat(MESSAGES, **options | {"temperature": 1.0}, num_draft_tokens=3, seed=seed)
+        sampled = drafted
+        if seed % 4 == 0:
+            sampled = runtime.chat(MESSAGES, **options | {"temperature": 1.0}, num_draft_tokens=3, seed=seed)
         assert (drafted.token_ids, drafted.finish_reason) == (plain.token_ids, plain.finish_reason)
         for made in (plain, sampled):
             assert made.finish_reason in ("stop", "length")
@@ -43,7 +45,7 @@ def test_documents_of_random_schemas_are_valid_and_drafts_change_nothing(runtime
                 num_closed += 1
         num_drafted += drafted.stats.num_drafted
         num_accepted += drafted.stats.num_accepted
-    assert num_closed > 1.5 * NUM_SCHEMAS  # the demo is no JSON writer: it may go on with one key after the other
+    assert num_closed > 1.2 * NUM_SCHEMAS  # the demo is no JSON writer: it may go on with one key after the other
     assert num_accepted > 0.1 * num_drafted
 
 
@@ -62,9 +64,10 @@ def test_other_grammars(runtime: Runtime, num_drafts: int) -> None:
 
 
 def test_any_object(runtime: Runtime) -> None:
-    texts = [runtime.chat(MESSAGES, grammar=json_object(), max_tokens=40, seed=seed).text for seed in range(20)]
-    assert all(text.startswith("{") for text in texts)
-    whole = [text for text in texts if text.endswith("}")]
+    options: dict[str, Any] = {"grammar": json_object(), "max_tokens": 40, "num_draft_tokens": 2}
+    answers = [runtime.chat(MESSAGES, **options, seed=seed) for seed in range(20)]
+    assert all(answer.text.startswith("{") for answer in answers)
+    whole = [answer.text for answer in answers if answer.finish_reason == "stop"]
     assert whole
     assert all(isinstance(json.loads(text), dict) for text in whole)
 
@@ -86,7 +89,7 @@ def test_sampling_in_a_grammar_is_the_masked_distribution(runtime: Runtime) -> N
 
     def counts(num_drafts: int) -> dict[str, int]:
         found: dict[str, int] = {}
-        for seed in range(700):
+        for seed in range(500):
             made = runtime.generate(
                 [2, 5, 9], grammar=grammar, temperature=2.0, top_k=0, top_p=1.0, seed=seed, num_draft_tokens=num_drafts
             )
