@@ -12,7 +12,7 @@ from edge.command import CommandParser, run_command
 from edge.generation_arguments import add_device_arguments, add_generation_arguments, given_options
 from runtime.engine import Runtime
 from runtime.errors import RequestError
-from runtime.stream import Generation
+from runtime.stream import Generation, GenerationStream
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,18 +36,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(options: argparse.Namespace) -> None:
     with Runtime.load(options.artifact, profile=options.profile, memory_budget=options.memory_budget) as runtime:
-        stream = runtime.stream(_prompt(runtime, options), **given_options(options))
+        stream = _stream(runtime, options)
         if options.json:
             print(json.dumps(_as_json(stream.finish())))
             return
         for piece in stream:
-            print(piece, end="", flush=True)
+            if piece.kind == "text":
+                print(piece, end="", flush=True)
         print()
 
 
-def _prompt(runtime: Runtime, options: argparse.Namespace) -> str | list[int]:
+def _stream(runtime: Runtime, options: argparse.Namespace) -> GenerationStream:
     if options.chat is not None:
-        return runtime.chat_prompt([{"role": "user", "content": options.chat}])
+        return runtime.stream_chat([{"role": "user", "content": options.chat}], **given_options(options))
+    return runtime.stream(_prompt(options), **given_options(options))
+
+
+def _prompt(options: argparse.Namespace) -> str | list[int]:
     if options.prompt is not None:
         return str(options.prompt)
     try:
@@ -61,6 +66,7 @@ def _prompt(runtime: Runtime, options: argparse.Namespace) -> str | list[int]:
 def _as_json(generation: Generation) -> dict[str, Any]:
     return {
         "text": generation.text,
+        "thinking": generation.thinking,
         "token_ids": generation.token_ids,
         "finish_reason": generation.finish_reason,
         "context_full": generation.context_full,

@@ -10,7 +10,7 @@ Source: transformers/utils/chat_template_utils.py (`_cached_compile_jinja_templa
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,7 +31,8 @@ from profiles.errors import shown
 from runtime.errors import ArtifactError, RequestError
 
 MAX_CHARS = 4 * 1024 * 1024  # of the prompt, and of every text or list on the way to it
-MAX_STEPS = 1_000_000  # a call is one, a loop's iteration two; Gemma's template takes some ten per message
+# a call is one, and so is a loop's iteration; Gemma's template looks back from each message over all before it
+MAX_STEPS = 4_000_000
 MAX_SECONDS = 5.0
 MAX_INT_BITS = 64
 MAX_INDENT = 16
@@ -260,8 +261,12 @@ class _Metered(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - jinja2's naming
         self.generic_visit(node)
-        step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None, lineno=node.lineno)
-        node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
+        if node.recursive:  # it is entered with other values than these
+            step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None, lineno=node.lineno)
+            node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
+        else:  # one call for all: a call in the body costs 5 us each time
+            metered = nodes.EnvironmentAttribute("metered")
+            node.iter = nodes.Call(metered, [node.iter], [], None, None, lineno=node.lineno)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - jinja2's naming
@@ -312,6 +317,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"the template takes more than {MAX_STEPS:,} steps")
         if time.monotonic() > budget.deadline:
             raise SecurityError(f"the template takes more than {MAX_SECONDS:g} s")
+
+    def metered(self, values: Iterable[Any]) -> Iterator[Any]:
+        """The values of a loop, each of which is a step."""
+        for value in values:
+            self.step()
+            yield value
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Looks up what namespaces hold, which templates do often, at once: no name there is underscored."""
+        if type(obj) is not _Namespace or attribute.startswith("_"):
+            return super().getattr(obj, attribute)
+        try:
+            return getattr(obj, attribute)
+        except AttributeError:
+            return self.undefined(obj=obj, name=attribute)
 
     @staticmethod
     def concat(parts: Iterable[Any]) -> str:

@@ -330,6 +330,7 @@ def test_a_sandbox_escape_is_refused(source: str) -> None:
         "{% macro m(n) %}{{ m(n + 1) if n < 99 }}{{ m(n + 1) if n < 99 }}{% endmacro %}{{ m(0) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{{ 'a' * 100000 }}{% endfor %}",
+        "{% for a in ['x'] recursive %}{{ loop(range(99999)) if a == 'x' }}{% endfor %}",
         "{% macro m() %}{{ 'a' * 4000000 }}{% endmacro %}{{ m() ~ m() }}",
         "{% set x %}{{ 'a' * 4000000 }}{{ 'a' * 4000000 }}{% endset %}",
     ],
@@ -366,6 +367,16 @@ def test_a_long_conversation_stays_far_inside_the_budget(monkeypatch: pytest.Mon
     monkeypatch.setattr("runtime.chat.MAX_STEPS", 20 * 1000)
     turn = [USER, {"role": "assistant", "content": "Hi."}]
     assert render(GEMMA_STYLE, turn * 500).count("<|turn>") == 1001
+
+
+def test_a_template_may_look_back_from_each_of_a_thousand_messages() -> None:
+    """As Gemma 4's does, to tell whether a turn goes on."""
+    source = (
+        "{% for m in messages %}{% set ns = namespace(found=false) %}{% for j in range(loop.index0 - 1, -1, -1) %}"
+        "{% if not ns.found %}{% set ns.found = messages[j]['role'] != 'tool' %}{% endif %}{% endfor %}"
+        "{{ ns.found }}{% endfor %}"
+    )
+    assert ChatTemplate(source, TOKENS).render([USER] * 1000) == "False" + "True" * 999
 
 
 def test_threads_have_a_budget_each(monkeypatch: pytest.MonkeyPatch) -> None:
