@@ -38,10 +38,10 @@ class Pair:
 
     def refused(self, match: str, *options: object) -> None:
         """An export with the drafter fails in one line; nothing is left, and the sources are as they were."""
-        before = contents(self.out.parent)
+        before = contents(self.target.parent)
         arguments = [self.target, self.out, "--drafter", self.assistant, *options]
         assert_fails(main, arguments, f"^edge-export: .*{match}", self.capture)
-        assert contents(self.out.parent) == before
+        assert contents(self.target.parent) == before
 
 
 def copied_pair(pair: TinyCheckpoint, folder: Path, capture: Capture) -> Pair:
