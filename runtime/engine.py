@@ -31,7 +31,7 @@ from runtime.saved_conversation import read_conversation
 from runtime.session import new_run_options
 from runtime.stream import Generation, GenerationRun, GenerationStream
 from runtime.target import TargetModel
-from runtime.tools import ToolLike, tools_of
+from runtime.tools import ToolLike, tools_of, with_functions
 from runtime.turns import room_in_context, sliding_of
 
 BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no tokens
@@ -192,11 +192,10 @@ class Runtime:
             saved = read_conversation(Path(path), self.identity, target.cache.empty_snapshot(), most_bytes)
             if len(saved.rows.token_ids) < self.context_tokens:  # else they are computed again
                 target.adopt(saved.rows)
-        known = {tool.name: tool for tool in tools_of(tools)}
         return Conversation(
             self,
             saved.messages,
-            tuple(known.get(tool.name, tool) for tool in saved.tools),
+            with_functions(saved.tools, tools_of(tools)),
             saved.thinking,
             saved.options,
             token_ids=saved.rows.token_ids,

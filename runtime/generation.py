@@ -105,13 +105,14 @@ def generate_blocks(
             if cancelled():
                 return
             # drafts that the constraint forbids fall, the first of them by the verdict: so the text is the target's
-            num_allowed = len(drafts) if constraint is None else constraint.num_allowed(_ids(drafts))
-            forward = target.forward([block[-1], *_ids(drafts[:num_allowed])], num_kept=num_allowed + 1)
+            draft_ids = _ids(drafts)
+            num_allowed = len(drafts) if constraint is None else constraint.num_allowed(draft_ids)
+            forward = target.forward([block[-1], *draft_ids[:num_allowed]], num_kept=num_allowed + 1)
             judged = drafts[: num_allowed + 1]
             verdict = _verify(judged, forward, request.params, rng, step := step + 1, constraint)
             num_accepted = verdict.num_accepted
             target.trim(num_allowed - num_accepted)
-            block = [*_ids(drafts[:num_accepted]), verdict.next_token_id]
+            block = [*draft_ids[:num_accepted], verdict.next_token_id]
             counts.count(len(drafts), num_accepted, drafting.observe(block, num_accepted))
             hidden = forward.hidden[num_accepted]
             generated += block

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.chat import ChatTemplate, guarded, plain_messages
+from runtime.chat import ChatTemplate
 from runtime.errors import RequestError
+from runtime.messages import guarded, plain_messages
 from runtime.response import ResponseFormat
 from runtime.tokenizer import Tokenizer
 from runtime.tools import Tool
@@ -45,7 +46,7 @@ class Prompts:
             for message in plain_messages(messages)
         ]
         schemas = [guarded(tool.schema, literal) for tool in tools]
-        text = self.template.render(
+        text = self.template.render_plain(
             plain, tools=schemas or None, thinking=thinking, add_generation_prompt=add_generation_prompt
         )
         return self.tokenizer.encode(text, add_bos=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.chat import plain_messages
 from runtime.errors import MemoryBudgetError, SessionError
 from runtime.kv_cache import KVSnapshot, Window
 from runtime.kv_rows import Rows
+from runtime.messages import plain_messages
 from runtime.options import GenerationOptions, OptionArguments
 from runtime.prefix import Parked
 from runtime.session_file import read_session, write_session

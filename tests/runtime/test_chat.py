@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from runtime.chat import FILTERS, MAX_CHARS, ChatTemplate, guarded, plain_messages
+from runtime.chat import FILTERS, MAX_CHARS, ChatTemplate
 from runtime.errors import ArtifactError, RequestError
+from runtime.messages import guarded, plain_messages
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
 GEMMA_STYLE = """\
